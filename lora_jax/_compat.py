@@ -1,0 +1,54 @@
+"""What differs between the JAX versions that we support, and what JAX keeps to itself.
+
+The only module that may look inside ``jax._src``.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax._src import source_info_util
+from jax.extend.core import Literal as Literal, Var as Var
+
+
+class OpenJaxpr(NamedTuple):
+    """A jaxpr and the constants that it closes over."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+
+def open_jaxpr(jaxpr: Any) -> OpenJaxpr:
+    """Opens a closed jaxpr; an open one has no constants. JAX 0.12 has one class for both."""
+    return OpenJaxpr(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
+
+
+def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Binds an equation's primitive to ``inputs`` as it stands."""
+    outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Any):
+    """Binds inside this context carry the equation's source line, name stack and settings."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def source_line(eqn: Any) -> str:
+    """``file:line`` of the user's own code that made the equation."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    return f"{frame.file_name}:{frame.start_line}" if frame else "an unknown line"
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """Constants and carries of a ``scan`` equation. JAX 0.12 keeps them as trees."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = (len(part.vals) for part in eqn.params["ft_in"].unpack())
+    return consts, carry

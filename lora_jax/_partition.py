@@ -1,0 +1,155 @@
+"""Splitting a parameter tree in two, and putting it together again.
+
+    frozen, trainable = split(params, config, key)
+    combine(frozen, trainable)      # the original structure, with a LoraWeight where adapted
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from ._config import Layout, LoraConfig
+from ._paths import flatten, nearest
+from ._targets import select
+from ._weights import LoraFactors, LoraWeight, TrainedWeight, init_factors, is_node, path_key
+
+Tree = TypeVar("Tree")
+Trainable = dict[str, Any]
+"""Path -> `LoraFactors`, or the array itself for a weight that trains in full."""
+
+
+def split(
+    params: Tree,
+    config: LoraConfig,
+    key: jax.Array,
+    *,
+    layouts: Mapping[str, Layout] | None = None,
+) -> tuple[Tree, Trainable]:
+    """Splits ``params`` into what stays and what trains: ``(frozen, trainable)``.
+
+    Pure, and nothing is copied: the frozen arrays are the ones given.
+
+    Args:
+        params: A tree of arrays: Linen parameters, an NNX state, any pytree.
+        config: Which weights to adapt.
+        key: A PRNG key. Every weight folds its own path into it.
+        layouts: Path -> layout, as `layouts` measures it; needed for weights of three axes or
+            more. A pattern in ``config.layouts`` wins over it.
+
+    Returns:
+        ``frozen``, of the structure of ``params``, with ``None`` where a weight trains in full;
+        and ``trainable``, a dict from path to `LoraFactors` or to the fully trained array. The
+        leaves of ``trainable`` are exactly the arrays that train.
+
+    Raises:
+        ValueError: A pattern matches nothing, or a weight cannot be adapted as asked. The message
+            names the weight or the nearest ones.
+
+    Example:
+        >>> params = {"query": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+        >>> config = LoraConfig(rank=2, alpha=4, targets=("query",), train=("bias",))
+        >>> frozen, trainable = split(params, config, jax.random.key(0))
+        >>> jax.tree.map(jnp.shape, trainable)["query/bias"]
+        (6,)
+        >>> trainable["query/kernel"].a.shape, trainable["query/kernel"].b.shape
+        ((4, 2), (2, 6))
+        >>> frozen["query"]["bias"] is None
+        True
+    """
+    leaves, treedef = flatten(params, is_leaf=is_node)
+    if adapted := [path for path, leaf in leaves.items() if is_node(leaf)]:
+        raise ValueError(f"{adapted[0]!r} is adapted already. Split the plain parameters.")
+    weights = {path: leaf for path, leaf in leaves.items() if hasattr(leaf, "dtype")}
+    adapted, trained = select(weights, config, layouts)
+    trainable: Trainable = {
+        path: init_factors(path, weights[path], target, config.dropout, key)
+        for path, target in adapted.items()
+    }
+    trainable |= {path: weights[path] for path in trained}
+    frozen = treedef.unflatten(None if path in trained else leaf for path, leaf in leaves.items())
+    return frozen, dict(sorted(trainable.items()))
+
+
+def combine(
+    frozen: Tree, trainable: Mapping[str, Any], *, dropout_key: jax.Array | None = None
+) -> Tree:
+    """Puts the halves together: the original structure, each adapted leaf a `LoraWeight`.
+
+    Args:
+        frozen: The frozen half of `split`.
+        trainable: The trainable half.
+        dropout_key: Turns LoRA dropout on. Every weight, and every weight of a stack, has its own
+            mask; a weight that a loop applies again has the same mask at each turn.
+
+    Raises:
+        ValueError: The halves do not belong together; the message names the weight.
+    """
+
+    def join(path: str, w: Any) -> Any:
+        if path not in trainable:
+            return w
+        factors = trainable[path]
+        if not isinstance(factors, LoraFactors):
+            return TrainedWeight(factors)
+        return LoraWeight(w, factors, _dropout_keys(dropout_key, path, factors), path)
+
+    leaves, treedef = _frozen_leaves(frozen, trainable)
+    return treedef.unflatten(join(path, w) for path, w in leaves.items())
+
+
+def mask(tree: Tree) -> Tree:
+    """Which leaves of a combined tree train: True at ``a``, ``b`` and fully trained weights.
+
+    For scripts that keep one tree, as the mask that Optax transformations take.
+    """
+
+    def mark(leaf: Any) -> Any:
+        train = is_node(leaf)
+        marked = jax.tree.map(lambda _: train, leaf)
+        if isinstance(leaf, LoraWeight):
+            frozen = jax.tree.map(lambda _: False, (leaf.w, leaf.dropout_keys))
+            marked = LoraWeight(frozen[0], marked.factors, frozen[1], leaf.path)
+        return marked
+
+    return jax.tree.map(mark, tree, is_leaf=is_node)
+
+
+def masked(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTransformation:
+    """Applies ``tx`` to what trains in a combined tree, and leaves the rest as it is.
+
+    A frozen leaf gets a zero update and no optimizer state.
+
+    Args:
+        tx: Any Optax transformation.
+        tree: The combined tree, or its shapes.
+    """
+    labels = jax.tree.map(lambda train: "train" if train else "freeze", mask(tree))
+    return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+
+
+def _frozen_leaves(frozen: Any, trainable: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The leaves of ``frozen`` by path, once it is clear that ``trainable`` belongs to them."""
+    leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
+    for path, factors in trainable.items():
+        if path not in leaves:
+            raise ValueError(
+                f"{path!r} trains, but the frozen tree has no such weight. "
+                f"The nearest is {' or '.join(map(repr, nearest(path, leaves)))}."
+            )
+        if isinstance(factors, LoraFactors) == (leaves[path] is None):
+            raise ValueError(
+                f"{path!r} is {'missing from' if leaves[path] is None else 'present in'} the "
+                "frozen tree, which is not how it was split. Combine two halves of one `split`."
+            )
+    return leaves, treedef
+
+
+def _dropout_keys(key: jax.Array | None, path: str, factors: LoraFactors) -> jax.Array | None:
+    if key is None or factors.dropout == 0:
+        return None
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    stack = factors.a.shape[: factors.layout.count("stack")]
+    return jax.random.split(path_key(key, path), stack) if stack else path_key(key, path)

@@ -1,0 +1,138 @@
+"""The adapted weight, as a node in a parameter tree.
+
+    w + scale * a @ b        w: (in, out)   a: (in, rank)   b: (rank, out)   scale = alpha / rank
+
+``b`` starts at zero, so that an adapted model starts as the model. A weight of more axes keeps
+them: stacked axes come first in both factors, then ``a`` has the in axes and ``b`` the out axes,
+each in the weight's own order.
+
+    w: (layers, in, heads, dim)   a: (layers, in, rank)   b: (layers, rank, heads, dim)
+"""
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._config import Layout
+from ._targets import Target
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraFactors:
+    """What trains of one adapted weight: its only leaves are ``a`` and ``b``.
+
+    Attributes:
+        a: ``(*stack, *in, rank)``, float32 (float64 under a float64 weight).
+        b: ``(*stack, rank, *out)``, of the same dtype, zero at the start.
+        scale: ``alpha / rank``, static.
+        layout: What each axis of the weight does, static.
+        dropout: Probability of dropping an entry of the input of ``a``, static.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension: the last axis of ``a``."""
+        return self.a.shape[-1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """One adapted weight in a parameter tree, for functions that `adapt` has lifted.
+
+    Attributes:
+        w: The frozen weight.
+        factors: Its `LoraFactors`.
+        dropout_keys: None, or a PRNG key for each stacked weight, ``(*stack)``: dropout is on.
+        path: Where the weight stands in its tree, static.
+    """
+
+    w: Any
+    factors: LoraFactors
+    dropout_keys: jax.Array | None = None
+    path: str = dataclasses.field(default="", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainedWeight:
+    """A weight that trains in full, marked so that `mask` knows it in a combined tree."""
+
+    w: Any
+
+
+def is_node(leaf: Any) -> bool:
+    """Whether ``leaf`` is a weight that only an adapted function understands."""
+    return isinstance(leaf, LoraWeight | TrainedWeight)
+
+
+def init_factors(path: str, weight: Any, target: Target, dropout: float, key: jax.Array):
+    """Draws the factors of one weight: ``a`` uniform in ``±1 / sqrt(in)``, ``b`` zero.
+
+    The distribution is that of the reference implementation (Kaiming uniform with slope
+    ``sqrt(5)``). The key is folded from the path, so a weight's ``a`` depends neither on the
+    tree's order nor on which other weights are adapted.
+
+    Args:
+        path: The weight's path.
+        weight: The weight, or anything with its ``shape`` and ``dtype``.
+        target: Its layout, rank and scale.
+        dropout: Probability of dropping an entry of the input of ``a``.
+        key: The key of the whole tree.
+    """
+    layout, rank = target.layout, target.rank
+    shape = factor_shapes(weight.shape, layout, rank)
+    fan_in = math.prod(n for n, kind in zip(weight.shape, layout, strict=True) if kind == "in")
+    dtype = jnp.float64 if weight.dtype == jnp.float64 else jnp.float32
+    bound = 1.0 / math.sqrt(fan_in)
+    a = jax.random.uniform(path_key(key, path), shape[0], dtype, -bound, bound)
+    return LoraFactors(a, jnp.zeros(shape[1], dtype), target.scale, layout, dropout)
+
+
+def factor_shapes(
+    shape: tuple[int, ...], layout: Layout, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of ``a`` and ``b``: ``(*stack, *in, rank)`` and ``(*stack, rank, *out)``.
+
+    >>> factor_shapes((12, 64, 4, 16), ("stack", "in", "out", "out"), rank=8)
+    ((12, 64, 8), (12, 8, 4, 16))
+    """
+    stack, ins, outs = (
+        tuple(n for n, kind in zip(shape, layout, strict=True) if kind == wanted)
+        for wanted in ("stack", "in", "out")
+    )
+    return (*stack, *ins, rank), (*stack, rank, *outs)
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """The key of one weight: ``key`` folded with a checksum of the weight's path."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def delta(factors: LoraFactors) -> jax.Array:
+    """The update ``scale * a @ b`` in the weight's own shape and the factors' dtype."""
+    axes = range(len(factors.layout))
+    rank = len(factors.layout)
+    stack, ins, outs = (
+        [axis for axis in axes if factors.layout[axis] == kind] for kind in ("stack", "in", "out")
+    )
+    a = jnp.asarray(factors.a)
+    return factors.scale * jnp.einsum(
+        a,
+        [*stack, *ins, rank],
+        factors.b,
+        [*stack, rank, *outs],
+        list(axes),
+        precision=jax.lax.Precision.HIGHEST,
+    )
