@@ -66,43 +66,43 @@ def linen(module: nn.Module, *inputs: Any, **options: Any) -> Case:
 @case
 def linen_dense(n):
     mlp = nn.Sequential([nn.Dense(2 * n), nn.relu, nn.Dense(n)])
-    return linen(mlp, normal(1, 3, n), train=("layers_2/bias",))
+    return linen(mlp, normal(1, 4 * n, n), train=("layers_2/bias",))
 
 
 @case
 def linen_dense_general(n):
     module = nn.Sequential([nn.DenseGeneral((2, n)), nn.gelu, nn.DenseGeneral(n, axis=(-2, -1))])
-    return linen(module, normal(1, 3, 5, n))
+    return linen(module, normal(1, 2 * n, 2, n))
 
 
 @case
 def linen_einsum(n):
-    return linen(nn.Einsum((n, 2, n), "...d,dhk->...hk"), normal(1, 3, n))
+    return linen(nn.Einsum((n, 2, n), "...d,dhk->...hk"), normal(1, 4 * n, n))
 
 
 @case
 def linen_attention(n):
-    return linen(nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=2 * n), normal(1, 2, 4, n))
+    return linen(nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=2 * n), normal(1, n, 8, n))
 
 
 @case
 def linen_conv_1d(n):
-    return linen(nn.Conv(n, (3,), strides=2), normal(1, 2, 8, n))
+    return linen(nn.Conv(n, (3,), strides=2), normal(1, 4, 2 * n, n))
 
 
 @case
 def linen_conv_2d_dilated(n):
-    return linen(nn.Conv(n, (3, 2), kernel_dilation=2, padding="VALID"), normal(1, 2, 8, 7, n))
+    return linen(nn.Conv(n, (3, 2), kernel_dilation=2, padding="VALID"), normal(1, 4, 16, 17, n))
 
 
 @case
 def linen_conv_grouped(n):
-    return linen(nn.Conv(2 * n, (3,), feature_group_count=2), normal(1, 2, 8, 2 * n))
+    return linen(nn.Conv(2 * n, (3,), feature_group_count=2), normal(1, 4, 2 * n, 2 * n))
 
 
 @case
 def linen_conv_transpose(n):
-    return linen(nn.ConvTranspose(n, (3,), strides=(2,), transpose_kernel=True), normal(1, 2, 8, n))
+    return linen(nn.ConvTranspose(n, (3,), strides=(2,), transpose_kernel=True), normal(1, 4, 2 * n, n))
 
 
 @case
@@ -121,7 +121,7 @@ class Tied(nn.Module):
 
 @case
 def linen_tied_embedding(n):
-    return linen(Tied(n), jnp.array([[1, 2, 3], [4, 4, 0]]), targets=("embedding", "Dense_0"))
+    return linen(Tied(n), jnp.arange(4 * n).reshape(4, n) % 11, targets=("embedding", "Dense_0"))
 
 
 class Block(nn.Module):
@@ -144,47 +144,47 @@ class Stack(nn.Module):
 
 @case
 def linen_scan(n):
-    return linen(Stack(n, Block), normal(1, 3, n))
+    return linen(Stack(n, Block), normal(1, 4 * n, n))
 
 
 @case
 def linen_remat(n):
-    return linen(nn.remat(Block)(n), normal(1, 3, n))
+    return linen(nn.remat(Block)(n), normal(1, 4 * n, n))
 
 
 @case
 def linen_scan_remat(n):
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return linen(Stack(n, nn.remat(Block, policy=policy, prevent_cse=False)), normal(1, 3, n))
+    return linen(Stack(n, nn.remat(Block, policy=policy, prevent_cse=False)), normal(1, 4 * n, n))
 
 
 @case
 def linen_vmap(n):
     experts = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})
-    return linen(experts(n), normal(1, 3, 4, n))
+    return linen(experts(n), normal(1, 3, 2 * n, n))
 
 
 @case
 def linen_vmap_shared(n):
     shared = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})
-    return linen(shared(n), normal(1, 3, 4, n))
+    return linen(shared(n), normal(1, 3, 2 * n, n))
 
 
 @case
 def linen_recurrent(n):
-    return linen(nn.RNN(nn.LSTMCell(n, param_dtype=jnp.float64)), normal(1, 2, 5, n))
+    return linen(nn.RNN(nn.LSTMCell(n, param_dtype=jnp.float64)), normal(1, 2 * n, 5, n))
 
 
 @case
 def linen_batch_norm_updates(n):
     module = nn.Sequential([nn.Dense(n), nn.BatchNorm(use_running_average=False), nn.Dense(n)])
-    variables = module.init(jax.random.key(0), normal(1, 3, n))
+    variables = module.init(jax.random.key(0), normal(1, 4 * n, n))
 
     def fn(params, x):
         state = {"params": params, "batch_stats": variables["batch_stats"]}
         return module.apply(state, x, mutable=["batch_stats"])
 
-    return Case(fn, variables["params"], (normal(2, 5, n),))
+    return Case(fn, variables["params"], (normal(2, 4 * n, n),))
 
 
 # --- NNX -----------------------------------------------------------------------------------------
@@ -197,13 +197,13 @@ def nnx_case(module: nnx.Module, *inputs: Any, **options: Any) -> Case:
 
 @case
 def nnx_linear(n):
-    return nnx_case(nnx.Linear(n, 2 * n, rngs=nnx.Rngs(0)), normal(1, 3, n), train=("bias",))
+    return nnx_case(nnx.Linear(n, 2 * n, rngs=nnx.Rngs(0)), normal(1, 4 * n, n), train=("bias",))
 
 
 @case
 def nnx_attention(n):
     attention = nnx.MultiHeadAttention(2, n, 2 * n, decode=False, rngs=nnx.Rngs(0))
-    return nnx_case(attention, normal(1, 2, 4, n))
+    return nnx_case(attention, normal(1, n, 8, n))
 
 
 @case
@@ -221,7 +221,7 @@ def nnx_scan(n):
 
         return lax.scan(layer, x, state)[0]
 
-    return Case(fn, state, (normal(1, 3, n),))
+    return Case(fn, state, (normal(1, 4 * n, n),))
 
 
 # --- plain functions: how a weight is written ----------------------------------------------------
@@ -234,12 +234,12 @@ def plain(fn: Callable[..., Any], shape: tuple[int, ...], *inputs: Any, **option
 
 @case
 def matmul(n):
-    return plain(lambda w, x: jnp.tanh(x) @ w, (n, 2 * n), normal(1, 3, n))
+    return plain(lambda w, x: jnp.tanh(x) @ w, (n, 2 * n), normal(1, 4 * n, n))
 
 
 @case
 def weight_first(n):
-    return plain(lambda w, x: w @ jnp.tanh(x), (n, 2 * n), normal(1, 2 * n, 3))
+    return plain(lambda w, x: w @ jnp.tanh(x), (n, 2 * n), normal(1, 2 * n, 4 * n))
 
 
 @case
@@ -249,27 +249,27 @@ def vector_input(n):
 
 @case
 def einsum_weight_first(n):
-    return plain(lambda w, x: jnp.einsum("oi,bti->bto", w, x), (2 * n, n), normal(1, 2, 3, n))
+    return plain(lambda w, x: jnp.einsum("oi,bti->bto", w, x), (2 * n, n), normal(1, 2 * n, 2, n))
 
 
 @case
 def einsum_out_before_batch(n):
-    return plain(lambda w, x: jnp.einsum("bi,ihd->hbd", x, w), (n, 2, n), normal(1, 3, n))
+    return plain(lambda w, x: jnp.einsum("bi,ihd->hbd", x, w), (n, 2, n), normal(1, 4 * n, n))
 
 
 @case
 def einsum_two_in_axes(n):
-    return plain(lambda w, x: jnp.einsum("bhd,hdo->bo", x, w), (2, n, n), normal(1, 3, 2, n))
+    return plain(lambda w, x: jnp.einsum("bhd,hdo->bo", x, w), (2, n, n), normal(1, 2 * n, 2, n))
 
 
 @case
 def einsum_experts(n):
-    return plain(lambda w, x: jnp.einsum("ecd,edf->ecf", x, w), (3, n, n), normal(1, 3, 4, n))
+    return plain(lambda w, x: jnp.einsum("ecd,edf->ecf", x, w), (3, n, n), normal(1, 3, 2 * n, n))
 
 
 @case
 def einsum_experts_last(n):
-    return plain(lambda w, x: jnp.einsum("ecd,dfe->ecf", x, w), (n, n, 3), normal(1, 3, 4, n))
+    return plain(lambda w, x: jnp.einsum("ecd,dfe->ecf", x, w), (n, n, 3), normal(1, 3, 2 * n, n))
 
 
 @case
@@ -279,45 +279,45 @@ def einsum_shared_head(n):
     def fn(w, q):
         return jnp.einsum("bqhd,rhd->bqhr", q, w.reshape(n, 2, n))
 
-    return plain(fn, (n, 2 * n), normal(1, 2, 3, 2, n))
+    return plain(fn, (n, 2 * n), normal(1, n, 4, 2, n))
 
 
 @case
 def ragged_dot(n):
-    sizes = jnp.array([2, 0, 3], jnp.int32)
-    return plain(lambda w, x: lax.ragged_dot(x, w, sizes), (3, n, n), normal(1, 5, n))
+    sizes = jnp.array([2 * n, 0, n], jnp.int32)
+    return plain(lambda w, x: lax.ragged_dot(x, w, sizes), (3, n, n), normal(1, 3 * n, n))
 
 
 @case
 def experts_by_token(n):
-    ids = jnp.array([2, 0, 0, 1])
-    return plain(lambda w, x: jnp.einsum("ti,tio->to", x, w[ids]), (3, n, n), normal(1, 4, n))
+    ids = jnp.arange(4 * n) % 3
+    return plain(lambda w, x: jnp.einsum("ti,tio->to", x, w[ids]), (3, n, n), normal(1, 4 * n, n))
 
 
 @case
 def used_twice(n):
-    return plain(lambda w, x: jnp.tanh(x @ w) @ w, (n, n), normal(1, 3, n))
+    return plain(lambda w, x: jnp.tanh(x @ w) @ w, (n, n), normal(1, 4 * n, n))
 
 
 @case
 def tied_lookup_and_head(n):
-    ids = jnp.array([[1, 2], [3, 3]])
-    return plain(lambda w: jnp.tanh(jnp.take(w, ids, axis=0)) @ w.T, (9 + n, n))
+    ids = jnp.arange(4 * n).reshape(4, n) % 9
+    return plain(lambda w: jnp.tanh(jnp.take(w, ids, axis=0)) @ w.T, (9 + n, 2 * n))
 
 
 @case
 def one_hot_lookup(n):
-    return plain(lambda w, ids: jax.nn.one_hot(ids, n) @ w, (n, n), jnp.array([1, 2, 5]))
+    return plain(lambda w, ids: jax.nn.one_hot(ids, n) @ w, (n, n), jnp.arange(4 * n) % n)
 
 
 @case
 def transposed(n):
-    return plain(lambda w, x: x @ w.T, (2 * n, n), normal(1, 3, n))
+    return plain(lambda w, x: x @ w.T, (2 * n, n), normal(1, 4 * n, n))
 
 
 @case
 def reshaped(n):
-    return plain(lambda w, x: x @ w.reshape(n, 2 * n), (n, 2, n), normal(1, 3, n))
+    return plain(lambda w, x: x @ w.reshape(n, 2 * n), (n, 2, n), normal(1, 4 * n, n))
 
 
 @case
@@ -325,7 +325,7 @@ def split_heads(n):
     def fn(w, x):
         return jnp.einsum("bi,ihd->bhd", x, w.reshape(n, 2, n // 2))
 
-    return plain(fn, (n, n), normal(1, 3, n))
+    return plain(fn, (n, n), normal(1, 4 * n, n))
 
 
 @case
@@ -334,17 +334,17 @@ def split_into_three(n):
         q, k, v = jnp.split(w, 3, axis=1)
         return x @ q + jnp.tanh(x @ k) * (x @ v)
 
-    return plain(fn, (n, 3 * n), normal(1, 3, n))
+    return plain(fn, (n, 3 * n), normal(1, 4 * n, n))
 
 
 @case
 def sliced_in(n):
-    return plain(lambda w, x: x @ w[: n // 2] + x @ w[n // 2 :], (n, n), normal(1, 3, n // 2))
+    return plain(lambda w, x: x @ w[:n] + x @ w[n:], (2 * n, n), normal(1, 4 * n, n))
 
 
 @case
 def indexed(n):
-    return plain(lambda w, x: jnp.tanh(x @ w[0]) @ w[2] @ w[-2], (3, n, n), normal(1, 3, n))
+    return plain(lambda w, x: jnp.tanh(x @ w[0]) @ w[2] @ w[-2], (3, n, n), normal(1, 4 * n, n))
 
 
 @case
@@ -352,7 +352,7 @@ def indexed_by_value(n):
     def fn(w, x, i):
         return x @ w[i] + x @ lax.dynamic_index_in_dim(w, 1, keepdims=False)
 
-    return plain(fn, (3, n, n), normal(1, 3, n), jnp.int32(2))
+    return plain(fn, (3, n, n), normal(1, 4 * n, n), jnp.int32(2))
 
 
 @case
@@ -360,35 +360,35 @@ def stacked_in_the_middle(n):
     def fn(w, x):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, jnp.moveaxis(w, 1, 0))
 
-    return plain(fn, (n, 3, n), normal(1, 3, n))
+    return plain(fn, (n, 3, n), normal(1, 4 * n, n))
 
 
 @case
 def scaled(n):
-    return plain(lambda w, x, s: x @ (-w * 0.5 / s), (n, n), normal(1, 3, n), jnp.float32(0.7))
+    return plain(lambda w, x, s: x @ (-w * 0.5 / s), (n, n), normal(1, 4 * n, n), jnp.float32(0.7))
 
 
 @case
 def scaled_by_column(n):
-    return plain(lambda w, x, s: x @ (w * s[None, :]), (n, 2 * n), normal(1, 3, n), normal(2, 2 * n))
+    return plain(lambda w, x, s: x @ (w * s[None, :]), (n, 2 * n), normal(1, 4 * n, n), normal(2, 2 * n))
 
 
 @case
 def scaled_by_row(n):
-    return plain(lambda w, x, s: x @ (w / s[:, None]), (n, n), normal(1, 3, n), 2 + normal(2, n))
+    return plain(lambda w, x, s: x @ (w / s[:, None]), (n, n), normal(1, 4 * n, n), 2 + normal(2, n))
 
 
 @case
 def broadcast_over_batch(n):
     def fn(w, x):
-        return lax.batch_matmul(x, jnp.broadcast_to(w, (3, n, n)))
+        return lax.batch_matmul(x, jnp.broadcast_to(w, (len(x), n, n)))
 
-    return plain(fn, (n, n), normal(1, 3, 2, n))
+    return plain(fn, (n, n), normal(1, 2 * n, 2, n))
 
 
 @case
 def flipped(n):
-    return plain(lambda w, x: x @ w[::-1, ::2], (n, 2 * n), normal(1, 3, n))
+    return plain(lambda w, x: x @ w[::-1, ::2], (n, 2 * n), normal(1, 4 * n, n))
 
 
 # --- plain functions: what stands around the weight ----------------------------------------------
@@ -421,13 +421,13 @@ soft_clip.defjvp(lambda primals, tangents: (jnp.tanh(*primals), tangents[0] / (1
 
 @case
 def custom_vjp_loss(n):
-    labels = jnp.array([0, 2, 1])
-    return plain(lambda w, x: fused_loss(x @ w, labels), (n, n), normal(1, 3, n))
+    labels = jnp.arange(4 * n) % n
+    return plain(lambda w, x: fused_loss(x @ w, labels), (n, n), normal(1, 4 * n, n))
 
 
 @case
 def custom_jvp_activation(n):
-    return plain(lambda w, x: soft_clip(soft_clip(x @ w) @ w), (n, n), normal(1, 3, n))
+    return plain(lambda w, x: soft_clip(soft_clip(x @ w) @ w), (n, n), normal(1, 4 * n, n))
 
 
 @case
@@ -438,12 +438,12 @@ def checkpoint_with_policy(n):
     def block(w, x):
         return jnp.tanh(checkpoint_name(x @ w, "hidden")) @ w
 
-    return plain(block, (n, n), normal(1, 3, n))
+    return plain(block, (n, n), normal(1, 4 * n, n))
 
 
 @case
 def fori_loop(n):
-    return plain(lambda w, x: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x), (n, n), normal(1, 3, n))
+    return plain(lambda w, x: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x), (n, n), normal(1, 4 * n, n))
 
 
 @case
@@ -451,7 +451,7 @@ def weight_in_the_carry(n):
     def fn(w, x):
         return lax.fori_loop(0, 3, lambda i, c: (c[0], jnp.tanh(c[1] @ c[0])), (w, x))[1]
 
-    return plain(fn, (n, n), normal(1, 3, n))
+    return plain(fn, (n, n), normal(1, 4 * n, n))
 
 
 @case
@@ -459,7 +459,7 @@ def conditional(n):
     def fn(w, x, use_tanh):
         return lax.cond(use_tanh, lambda w, x: jnp.tanh(x @ w), lambda w, x: x @ w.T, w, x)
 
-    return plain(fn, (n, n), normal(1, 3, n), jnp.bool_(True))
+    return plain(fn, (n, n), normal(1, 4 * n, n), jnp.bool_(True))
 
 
 @case
@@ -467,18 +467,18 @@ def switch(n):
     def fn(w, x, i):
         return lax.switch(i, [lambda x: x, lambda x: x @ w, lambda x: jnp.sin(x @ w @ w)], x)
 
-    return plain(fn, (n, n), normal(1, 3, n), jnp.int32(2))
+    return plain(fn, (n, n), normal(1, 4 * n, n), jnp.int32(2))
 
 
 @case
 def jit_in_jit(n):
     inner = jax.jit(lambda w, x: jnp.tanh(x @ w))
-    return plain(jax.jit(lambda w, x: inner(w.T, inner(w, x))), (n, n), normal(1, 3, n))
+    return plain(jax.jit(lambda w, x: inner(w.T, inner(w, x))), (n, n), normal(1, 4 * n, n))
 
 
 @case
 def vmapped_inside(n):
-    return plain(lambda w, x: jax.vmap(lambda x: jnp.tanh(x @ w))(x), (n, n), normal(1, 3, n))
+    return plain(lambda w, x: jax.vmap(lambda x: jnp.tanh(x @ w))(x), (n, n), normal(1, 4 * n, n))
 
 
 @case
@@ -487,7 +487,7 @@ def barrier(n):
         w, x = lax.optimization_barrier((w, x))
         return x @ w
 
-    return plain(fn, (n, n), normal(1, 3, n))
+    return plain(fn, (n, n), normal(1, 4 * n, n))
 
 
 def mesh_of(*names: str, shape: tuple[int, ...]) -> Mesh:
@@ -510,7 +510,7 @@ def shard_map_tensor_parallel(n):
     def fn(params, x):
         return mlp(params["up"], params["down"], x)
 
-    return Case(fn, {"up": normal(0, n, 4 * n), "down": normal(2, 4 * n, n)}, (normal(1, 4, n),))
+    return Case(fn, {"up": normal(0, n, 4 * n), "down": normal(2, 4 * n, n)}, (normal(1, 4 * n, n),))
 
 
 @case
@@ -523,4 +523,4 @@ def shard_map_gathered(n):
     def fn(w, x):
         return x @ lax.all_gather(w, "fsdp", axis=0, tiled=True)
 
-    return plain(fn, (8 * n, n), normal(1, 8, 8 * n))
+    return plain(fn, (8 * n, n), normal(1, 8 * n, 8 * n))

@@ -44,7 +44,7 @@ class Lifted:
     """One row of the table, split, with a ``b`` that is zero (``start``) and one that is not."""
 
     def __init__(self, name):
-        case = CASES[name](64)
+        case = CASES[name](128)
         self.name, self.fn = name, case.fn
         self.params, self.inputs = _float64_tree(case.params), _float64_tree(case.inputs)
         config = lora_jax.LoraConfig(rank=2, alpha=3, targets=case.targets, train=case.train)
