@@ -1,6 +1,6 @@
 """One contraction of two arrays whose axes have names: ``einsum`` as a single ``dot_general``.
 
-    contract(x, ["t", "in"], a, ["in", "rank"], ["t", "rank"])   ==   x @ a
+contract(x, ["t", "in"], a, ["in", "rank"], ["t", "rank"])   ==   x @ a
 """
 
 from collections.abc import Hashable, Sequence

@@ -130,7 +130,9 @@ def _scale(weight: Factored, step: Step) -> list[Any] | None:
     varies = [n > 1 for n in factor.shape] or [False] * len(weight.labels)
     for name, part, owned in (("a", weight.a, 0), ("b", weight.b, 1)):
         if all(own or not vary for own, vary in zip(weight.owned(owned), varies, strict=True)):
-            spread = jnp.broadcast_to(factor.reshape(*factor.shape, *[1] * bool(factor.ndim)), part.shape)
+            spread = jnp.broadcast_to(
+                factor.reshape(*factor.shape, *[1] * bool(factor.ndim)), part.shape
+            )
             scaled = operate(part, spread.astype(part.dtype))
             return [dataclasses.replace(weight, w=step.bind(weight.w)[0], **{name: scaled})]
     return None
@@ -302,7 +304,9 @@ def _gather(weight: Factored, step: Step) -> list[Any] | None:
 def _takes_rows(numbers: Any, sizes: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether a gather is ``take(w, ids, axis)``: whole rows along one axis."""
     rows = tuple(numbers.start_index_map)
-    whole = all(n == size for i, (n, size) in enumerate(zip(shape, sizes, strict=True)) if i not in rows)
+    whole = all(
+        n == size for i, (n, size) in enumerate(zip(shape, sizes, strict=True)) if i not in rows
+    )
     is_plain = not numbers.operand_batching_dims and not numbers.start_indices_batching_dims
     return len(rows) == 1 and tuple(numbers.collapsed_slice_dims) == rows and whole and is_plain
 

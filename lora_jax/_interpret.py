@@ -374,7 +374,9 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
     parts = [
         None
         if part is None
-        else PartitionSpec(*(e if own else None for e, own in zip(entries, value.owned(i), strict=True)))
+        else PartitionSpec(
+            *(e if own else None for e, own in zip(entries, value.owned(i), strict=True))
+        )
         for i, part in enumerate(value.parts)
     ]
     return value.rebuild(spec, parts, value.labels)

@@ -1,8 +1,8 @@
 """What each axis of a weight does, read from the function that uses it.
 
-    x @ w            w: ("in", "out")
-    scan over w[i]   w: ("stack", "in", "out")
-    w[ids]           w: ("in", "out")        an embedding is a matrix under a one-hot input
+x @ w            w: ("in", "out")
+scan over w[i]   w: ("stack", "in", "out")
+w[ids]           w: ("in", "out")        an embedding is a matrix under a one-hot input
 """
 
 import dataclasses
@@ -45,7 +45,9 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
     weights, _ = flatten(params)
     record: dict[str, dict[str, dict[int, str]]] = {path: {} for path in weights}
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    places = [
+        i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    ]
     paths = dict(enumerate(weights))  # the parameters are the first leaves
     jaxpr, _ = _trace(fn, leaves, treedef, places, [_shape(leaves[i]) for i in places])
 

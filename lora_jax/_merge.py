@@ -1,7 +1,7 @@
 """Merging: the factors folded into the weights they adapt.
 
-    merge:     w + scale * a @ b      plain weights, for the unmodified model
-    unmerge:   w - scale * a @ b      back to the frozen half
+merge:     w + scale * a @ b      plain weights, for the unmodified model
+unmerge:   w - scale * a @ b      back to the frozen half
 """
 
 from collections.abc import Mapping

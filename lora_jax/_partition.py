@@ -1,7 +1,7 @@
 """Splitting a parameter tree in two, and putting it together again.
 
-    frozen, trainable = split(params, config, key)
-    combine(frozen, trainable)      # the original structure, with a LoraWeight where adapted
+frozen, trainable = split(params, config, key)
+combine(frozen, trainable)      # the original structure, with a LoraWeight where adapted
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """From a config's patterns to the weights that they name, and an error for every one that names none.
 
-    targets=("query",)   ->   {"layers/0/query/kernel": Target(layout=("in", "out"), rank=8, ...)}
+targets=("query",)   ->   {"layers/0/query/kernel": Target(layout=("in", "out"), rank=8, ...)}
 """
 
 import functools
@@ -123,9 +123,7 @@ def _no_match(what: str, pattern: str, paths: list[str], among: str) -> str:
     return f"{what} matches none of the {len(paths)} {among}. {hint}"
 
 
-def _target(
-    path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, Layout]
-) -> Target:
+def _target(path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, Layout]) -> Target:
     _check_adaptable(path, weight)
     layout = _layout(path, weight, config, layouts)
     rank = _first_match(config.rank_pattern, path, config.rank)
@@ -140,9 +138,7 @@ def _target(
     return Target(layout, rank, alpha, config.scale(rank, alpha))
 
 
-def _layout(
-    path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, Layout]
-) -> Layout:
+def _layout(path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, Layout]) -> Layout:
     given = _first_match(config.layouts, path, layouts.get(path))
     if given is None and len(weight.shape) == 2:
         return ("in", "out")

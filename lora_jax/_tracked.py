@@ -89,7 +89,9 @@ class Tracked:
 
     def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], Self]]:
         """Takes axis 0 apart, as a scan does: arrays to slice, and how slices make a weight."""
-        owned = [self.owned(i)[0] if part is not None else False for i, part in enumerate(self.parts)]
+        owned = [
+            self.owned(i)[0] if part is not None else False for i, part in enumerate(self.parts)
+        ]
         fixed = [
             part if own or part is None else lax.squeeze(part, (0,))
             for part, own in zip(self.parts, owned, strict=True)

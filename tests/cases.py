@@ -82,7 +82,9 @@ def linen_einsum(n):
 
 @case
 def linen_attention(n):
-    return linen(nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=2 * n), normal(1, n, 8, n))
+    return linen(
+        nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=2 * n), normal(1, n, 8, n)
+    )
 
 
 @case
@@ -102,7 +104,9 @@ def linen_conv_grouped(n):
 
 @case
 def linen_conv_transpose(n):
-    return linen(nn.ConvTranspose(n, (3,), strides=(2,), transpose_kernel=True), normal(1, 4, 2 * n, n))
+    return linen(
+        nn.ConvTranspose(n, (3,), strides=(2,), transpose_kernel=True), normal(1, 4, 2 * n, n)
+    )
 
 
 @case
@@ -138,7 +142,9 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scan = nn.scan(self.block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        scan = nn.scan(
+            self.block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
         return scan(self.n, name="layers")(x, None)[0]
 
 
@@ -192,7 +198,9 @@ def linen_batch_norm_updates(n):
 
 def nnx_case(module: nnx.Module, *inputs: Any, **options: Any) -> Case:
     graph, state, rest = nnx.split(module, nnx.Param, ...)
-    return Case(lambda state, *inputs: nnx.merge(graph, state, rest)(*inputs), state, inputs, **options)
+    return Case(
+        lambda state, *inputs: nnx.merge(graph, state, rest)(*inputs), state, inputs, **options
+    )
 
 
 @case
@@ -229,7 +237,9 @@ def nnx_scan(n):
 
 def plain(fn: Callable[..., Any], shape: tuple[int, ...], *inputs: Any, **options: Any) -> Case:
     """A row on one weight: ``fn(w, *inputs)``."""
-    return Case(lambda params, *xs: fn(params["w"], *xs), {"w": normal(0, *shape)}, inputs, **options)
+    return Case(
+        lambda params, *xs: fn(params["w"], *xs), {"w": normal(0, *shape)}, inputs, **options
+    )
 
 
 @case
@@ -370,12 +380,16 @@ def scaled(n):
 
 @case
 def scaled_by_column(n):
-    return plain(lambda w, x, s: x @ (w * s[None, :]), (n, 2 * n), normal(1, 4 * n, n), normal(2, 2 * n))
+    return plain(
+        lambda w, x, s: x @ (w * s[None, :]), (n, 2 * n), normal(1, 4 * n, n), normal(2, 2 * n)
+    )
 
 
 @case
 def scaled_by_row(n):
-    return plain(lambda w, x, s: x @ (w / s[:, None]), (n, n), normal(1, 4 * n, n), 2 + normal(2, n))
+    return plain(
+        lambda w, x, s: x @ (w / s[:, None]), (n, n), normal(1, 4 * n, n), 2 + normal(2, n)
+    )
 
 
 @case
@@ -416,7 +430,9 @@ def soft_clip(x):
     return jnp.tanh(x)
 
 
-soft_clip.defjvp(lambda primals, tangents: (jnp.tanh(*primals), tangents[0] / (1 + primals[0] ** 2)))
+soft_clip.defjvp(
+    lambda primals, tangents: (jnp.tanh(*primals), tangents[0] / (1 + primals[0] ** 2))
+)
 
 
 @case
@@ -443,7 +459,11 @@ def checkpoint_with_policy(n):
 
 @case
 def fori_loop(n):
-    return plain(lambda w, x: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x), (n, n), normal(1, 4 * n, n))
+    return plain(
+        lambda w, x: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x),
+        (n, n),
+        normal(1, 4 * n, n),
+    )
 
 
 @case
@@ -510,7 +530,9 @@ def shard_map_tensor_parallel(n):
     def fn(params, x):
         return mlp(params["up"], params["down"], x)
 
-    return Case(fn, {"up": normal(0, n, 4 * n), "down": normal(2, 4 * n, n)}, (normal(1, 4 * n, n),))
+    return Case(
+        fn, {"up": normal(0, n, 4 * n), "down": normal(2, 4 * n, n)}, (normal(1, 4 * n, n),)
+    )
 
 
 @case
@@ -518,7 +540,11 @@ def shard_map_gathered(n):
     mesh = mesh_of("fsdp", shape=(8,))
 
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(P("fsdp"), P("fsdp")), out_specs=P("fsdp"), check_vma=False
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P("fsdp"), P("fsdp")),
+        out_specs=P("fsdp"),
+        check_vma=False,
     )
     def fn(w, x):
         return x @ lax.all_gather(w, "fsdp", axis=0, tiled=True)

@@ -87,7 +87,9 @@ def _float64_tree(tree):
 def _shaken(trainable):
     leaves, treedef = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    noise = [0.1 * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    noise = [
+        0.1 * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)
+    ]
     return treedef.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
 
 
@@ -153,6 +155,8 @@ def test_eight_devices_equal_one(lifted):
 def test_gradient_flops_are_at_most_0_72_of_those_through_merging(lifted):
     if lifted.name in WITHOUT_PRODUCT:
         pytest.skip("a lookup has no product")
-    adapted, merged = (c.cost_analysis()["flops"] for c in (lifted.through_adapt, lifted.through_merge))
+    adapted, merged = (
+        c.cost_analysis()["flops"] for c in (lifted.through_adapt, lifted.through_merge)
+    )
     print(f"gradient flops, adapted / merged: {adapted / merged:.2f}")
     assert adapted / merged <= 0.72
