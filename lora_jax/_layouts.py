@@ -34,7 +34,9 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
     Returns:
         Path -> layout, one of ``in``, ``out`` and ``stack`` for each axis. A weight that is never
         multiplied by (a bias, a norm) has no ``in``, and cannot be adapted. Where a weight is
-        used in several ways (tied embeddings), a lookup decides, then the first product.
+        used in several ways (tied embeddings), a lookup decides, then the first product. An axis
+        of experts that all read one shared input is an ``out`` axis here, with one ``a`` for all;
+        name it in ``LoraConfig.layouts`` to give each its own.
 
     Example:
         >>> params = {"kernel": jax.numpy.ones((4, 3, 5))}

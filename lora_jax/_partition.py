@@ -48,10 +48,10 @@ def split(
             names the weight or the nearest ones.
 
     Example:
-        >>> params = {"query": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+        >>> params = {"query": {"kernel": jax.numpy.ones((4, 6)), "bias": jax.numpy.zeros(6)}}
         >>> config = LoraConfig(rank=2, alpha=4, targets=("query",), train=("bias",))
         >>> frozen, trainable = split(params, config, jax.random.key(0))
-        >>> jax.tree.map(jnp.shape, trainable)["query/bias"]
+        >>> trainable["query/bias"].shape
         (6,)
         >>> trainable["query/kernel"].a.shape, trainable["query/kernel"].b.shape
         ((4, 2), (2, 6))

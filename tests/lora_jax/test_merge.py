@@ -1,0 +1,80 @@
+"""`merge` and `unmerge`: one rounding, every dtype, and no infinity that goes unseen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import LoraConfig, LoraFactors
+from lora_jax.testing import assert_trees_close, assert_trees_equal
+
+CONFIG = LoraConfig(rank=2, alpha=3, targets=("w",))
+
+
+def halves(dtype="float32", shape=(6, 4), scale=1.0):
+    w = jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
+    frozen, trainable = lora_jax.split({"w": w}, CONFIG, jax.random.key(1))
+    return frozen, jax.tree.map(lambda x: scale * (x + 0.1), trainable)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_merging_rounds_once(dtype):
+    frozen, trainable = halves(dtype)
+    w, factors = np.float64(frozen["w"]), trainable["w"]
+    exact = w + factors.scale * np.float64(factors.a) @ np.float64(factors.b)
+    merged = lora_jax.merge(frozen, trainable)["w"]
+    assert merged.dtype == dtype
+    spacing = np.float64(jnp.finfo(dtype).eps) * np.abs(exact)
+    assert (np.abs(np.float64(merged) - exact) <= 0.51 * spacing + 1e-6).all()
+
+
+def test_fully_trained_weights_take_their_place():
+    config = LoraConfig(rank=2, alpha=3, targets=("w",), train=("bias",))
+    params = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4), "other": jnp.ones(3)}
+    frozen, trainable = lora_jax.split(params, config, jax.random.key(0))
+    trainable["bias"] = trainable["bias"] + 5
+    merged = lora_jax.merge(frozen, trainable)
+    assert_trees_equal(merged, {**params, "bias": params["bias"] + 5})
+    assert lora_jax.unmerge(merged, trainable)["bias"] is None
+
+
+def test_negative_zero_survives_a_zero_update():
+    w = jnp.full((3, 3), -0.0)
+    halves = lora_jax.split({"w": w}, CONFIG, jax.random.key(0))
+    assert np.signbit(lora_jax.merge(*halves)["w"]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unmerge_undoes_merge_to_two_roundings(dtype):
+    frozen, trainable = halves(dtype)
+    back = lora_jax.unmerge(lora_jax.merge(frozen, trainable), trainable)
+    assert_trees_close(back, frozen, relative=2 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        pytest.param("float16", 1e3, id="out-of-range"),
+        pytest.param("float32", float("nan"), id="nan"),
+        pytest.param("float32", 1e30, id="overflow"),
+    ],
+)
+def test_a_merged_weight_that_is_not_finite_is_named(dtype, scale):
+    frozen, trainable = halves(dtype, scale=scale)
+    with pytest.raises(ValueError, match=f"'w' is not finite after merging in {dtype}"):
+        lora_jax.merge(frozen, trainable)
+
+
+def test_merging_runs_under_jit_and_grad():
+    frozen, trainable = halves()
+    eager = lora_jax.merge(frozen, trainable)
+    assert_trees_close(jax.jit(lora_jax.merge)(frozen, trainable), eager, relative=1e-6)
+    gradient = jax.grad(lambda t: lora_jax.merge(frozen, t)["w"].sum())(trainable)
+    assert isinstance(gradient["w"], LoraFactors)
+
+
+def test_unmerge_refuses_another_tree():
+    frozen, trainable = halves()
+    with pytest.raises(ValueError, match="'w' trains, but the merged tree has no such weight"):
+        lora_jax.unmerge({"v": frozen["w"]}, trainable)
