@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Owned = Sequence[bool]
@@ -190,7 +191,7 @@ def _stop_gradient(eqn, shape, operands):
 
 
 def _stopped(part: jax.Array) -> jax.Array:
-    is_key = jax.dtypes.issubdtype(part.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(part.dtype, jax.dtypes.prng_key)
     return part if is_key else lax.stop_gradient(part)
 
 

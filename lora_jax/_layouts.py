@@ -110,11 +110,11 @@ class Probe(Tracked):
 
     def materialize(self) -> jax.Array:
         """The weight goes on as a plain array: its axes that are left are outputs."""
-        self.note("other", {axis: "out" for axis in range(len(self.labels))})
+        self.note("other", dict.fromkeys(range(len(self.labels)), "out"))
         return self.w
 
     def note(self, use: str, roles: dict[int, str]) -> None:
-        """Notes the roles of the current axes as roles of the original ones; the first use stays."""
+        """Notes the roles of the current axes for the original ones; the first use stays."""
         origins: dict[int, set[str]] = {}
         for axis, role in roles.items():
             for origin in self.labels[axis]:  # type: ignore[attr-defined]
@@ -138,8 +138,8 @@ def _scaled(probe: Probe, step: Step) -> list[Any] | None:
 def _dot_general(probe: Probe, step: Step) -> list[Any]:
     contracting, batch = step.eqn.params["dimension_numbers"]
     me = step.position
-    roles = {axis: "out" for axis in range(len(probe.labels))}
-    roles |= {axis: "in" for axis in contracting[me]} | {axis: "stack" for axis in batch[me]}
+    roles = dict.fromkeys(range(len(probe.labels)), "out")
+    roles |= dict.fromkeys(contracting[me], "in") | dict.fromkeys(batch[me], "stack")
     if probe.gathered and not probe.gathered <= set(batch[me]):
         roles = {axis: "in" if axis in probe.gathered else "out" for axis in roles}
         probe.note("lookup", roles)
@@ -152,10 +152,10 @@ def _ragged_dot(probe: Probe, step: Step) -> list[Any]:
     numbers = step.eqn.params["ragged_dot_dimension_numbers"]
     contracting, batch = numbers.dot_dimension_numbers
     me = step.position
-    roles = {axis: "out" for axis in range(len(probe.labels))}
-    roles |= {axis: "in" for axis in contracting[me]}
+    roles = dict.fromkeys(range(len(probe.labels)), "out")
+    roles |= dict.fromkeys(contracting[me], "in")
     stacked = (*batch[me], *(numbers.rhs_group_dimensions if me == 1 else ()))
-    probe.note("product", roles | {axis: "stack" for axis in stacked})
+    probe.note("product", roles | dict.fromkeys(stacked, "stack"))
     return step.bind(probe.w)
 
 

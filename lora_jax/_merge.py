@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ._partition import _frozen_leaves
 from ._paths import flatten, nearest
@@ -76,7 +77,7 @@ def merge_weight(w: jax.Array, factors: LoraFactors, sign: int = 1) -> jax.Array
 
 
 def _check_finite(path: str, weight: Any) -> None:
-    if isinstance(weight, jax.core.Tracer) or not hasattr(weight, "dtype"):
+    if isinstance(weight, Tracer) or not hasattr(weight, "dtype"):
         return
     if not jnp.isfinite(weight).all():
         raise ValueError(

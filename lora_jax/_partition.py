@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ._config import Layout, LoraConfig
@@ -149,7 +150,8 @@ def _frozen_leaves(frozen: Any, trainable: Mapping[str, Any]) -> tuple[dict[str,
 def _dropout_keys(key: jax.Array | None, path: str, factors: LoraFactors) -> jax.Array | None:
     if key is None or factors.dropout == 0:
         return None
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     stack = factors.a.shape[: factors.layout.count("stack")]
-    return jax.random.split(path_key(key, path), stack) if stack else path_key(key, path)
+    key = path_key(key, path)
+    return jax.random.split(key, stack) if stack else key

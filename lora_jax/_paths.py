@@ -16,9 +16,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 IMPLIED_NAMES = ("kernel", "embedding", "weight")
 
 
-def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
     """Flattens ``tree`` into ``{path: leaf}``, in the tree's own order, and its structure.
 
     Raises:

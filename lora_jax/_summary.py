@@ -36,11 +36,7 @@ class Summary(NamedTuple):
     total: int
 
     def __str__(self) -> str:
-        body = [
-            (row.path, " x ".join(map(str, row.shape)), str(row.rank or "full"))
-            + (f"{row.trained:,}", f"{row.percent:.2f} %")
-            for row in self.rows
-        ]
+        body = [_cells(row) for row in self.rows]
         percent = f"{100 * self.trained / max(self.total, 1):.2f} %"
         count = f"{len(self.rows)} weights of {self.total:,} parameters"
         foot = (count, "", "", f"{self.trained:,}", percent)
@@ -82,6 +78,11 @@ def summary(
 
 def _row(path: str, shape: tuple[int, ...], rank: int | None, trained: int) -> Row:
     return Row(path, tuple(shape), rank, trained, 100 * trained / max(math.prod(shape), 1))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = " x ".join(map(str, row.shape))
+    return row.path, shape, str(row.rank or "full"), f"{row.trained:,}", f"{row.percent:.2f} %"
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""From a config's patterns to the weights that they name, and an error for every one that names none.
+"""From a config's patterns to the weights that they name; one that names none is an error.
 
 targets=("query",)   ->   {"layers/0/query/kernel": Target(layout=("in", "out"), rank=8, ...)}
 """

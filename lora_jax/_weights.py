@@ -115,7 +115,7 @@ def factor_shapes(
     return (*stack, *ins, rank), (*stack, rank, *outs)
 
 
-def path_key(key: jax.Array, path: str) -> jax.Array:
+def path_key(key: Any, path: str) -> jax.Array:
     """The key of one weight: ``key`` folded with a checksum of the weight's path."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 

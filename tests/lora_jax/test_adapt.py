@@ -162,7 +162,7 @@ def test_weights_anywhere_in_the_arguments(w, x):
 
 
 def test_a_strict_configuration(w, x):
-    params, merged = adapted_params(w)
+    params, _merged = adapted_params(w)
     lifted = lora_jax.adapt(forward, on_materialize="error")
     with jax.numpy_dtype_promotion("strict"), jax.checking_leaks():
         actual = jax.jit(jax.grad(lambda params, x: lifted(params, x).sum()))(params, x)
@@ -321,7 +321,7 @@ def test_the_line_is_the_users_own(w, x):
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="`on_materialize` is one of .*, got 'maybe'"):
+    with pytest.raises(ValueError, match=r"`on_materialize` is one of .*, got 'maybe'"):
         lora_jax.adapt(forward, on_materialize="maybe")  # type: ignore[arg-type]
 
 

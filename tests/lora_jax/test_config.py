@@ -21,9 +21,11 @@ from lora_jax import LoraConfig
         pytest.param({"targets": ()}, "Nothing would train", id="nothing"),
         pytest.param({"targets": ("",)}, "`targets` holds ''; a pattern is a non-", id="empty"),
         pytest.param({"layouts": {"a": "in sideways"}}, "has 'sideways'; an axis is", id="layout"),
-        pytest.param({"layouts": {"a": "in in"}}, "needs at least one 'in' and one 'out'", id="no-out"),
+        pytest.param(
+            {"layouts": {"a": "in in"}}, "needs at least one 'in' and one 'out'", id="no-out"
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_config_is_checked_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**{"rank": 2, "alpha": 4.0, "targets": ("query",), **options})

@@ -244,7 +244,7 @@ def test_ragged_dot(data):
 @law
 def test_conv(data):
     weight = data.draw(weights(layouts=st.just(("in", "in", "out")), dtypes=("float64",)))
-    width, features, out = weight.w.shape
+    _width, features, out = weight.w.shape
     groups = data.draw(st.sampled_from([g for g in (1, 2, 3) if out % g == 0]))
     x = normal(data, 2, 6, features * groups)
     stride, dilation = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))

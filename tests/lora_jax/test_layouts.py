@@ -22,10 +22,26 @@ READ = {
     "transposed": (lambda w: X @ w.T, (6, 8), "out in"),
     "size-1 out axis": (lambda w: X @ w, (8, 1), "in out"),
     "heads": (lambda w: jnp.einsum("bi,ihd->bhd", X, w), (8, 2, 3), "in out out"),
-    "head-out": (lambda w: jnp.einsum("bhd,hdo->bo", jnp.ones((3, 2, 4)), w), (2, 4, 5), "in in out"),
-    "experts": (lambda w: jnp.einsum("ecd,edf->ecf", jnp.ones((2, 3, 8)), w), (2, 8, 6), "stack in out"),
-    "experts-by-token": (lambda w: jnp.einsum("ti,tio->to", X, w[jnp.array([0, 1, 1])]), (2, 8, 6), "stack in out"),
-    "ragged": (lambda w: lax.ragged_dot(X, w, jnp.array([1, 2], jnp.int32)), (2, 8, 6), "stack in out"),
+    "head-out": (
+        lambda w: jnp.einsum("bhd,hdo->bo", jnp.ones((3, 2, 4)), w),
+        (2, 4, 5),
+        "in in out",
+    ),
+    "experts": (
+        lambda w: jnp.einsum("ecd,edf->ecf", jnp.ones((2, 3, 8)), w),
+        (2, 8, 6),
+        "stack in out",
+    ),
+    "experts-by-token": (
+        lambda w: jnp.einsum("ti,tio->to", X, w[jnp.array([0, 1, 1])]),
+        (2, 8, 6),
+        "stack in out",
+    ),
+    "ragged": (
+        lambda w: lax.ragged_dot(X, w, jnp.array([1, 2], jnp.int32)),
+        (2, 8, 6),
+        "stack in out",
+    ),
     "indexed": (lambda w: X @ w[1], (4, 8, 6), "stack in out"),
     "indexed in the middle": (lambda w: X @ w[:, 1], (8, 4, 6), "in stack out"),
     "scanned": (lambda w: lax.scan(lambda x, w: (x @ w, None), X, w)[0], (4, 8, 8), "stack in out"),
@@ -35,19 +51,34 @@ READ = {
     "product then lookup": (lambda w: (X @ w.T, w[jnp.array([1])]), (9, 8), "in out"),
     "reshaped": (lambda w: X @ w.reshape(8, 6), (8, 2, 3), "in out out"),
     "merged in axes": (lambda w: X @ w.reshape(8, 6), (2, 4, 6), "in in out"),
-    "scaled and cast": (lambda w: X @ (w.astype(jnp.bfloat16) * 2).astype(jnp.float32), (8, 6), "in out"),
+    "scaled and cast": (
+        lambda w: X @ (w.astype(jnp.bfloat16) * 2).astype(jnp.float32),
+        (8, 6),
+        "in out",
+    ),
     "conv": (
-        lambda w: lax.conv_general_dilated(jnp.ones((1, 5, 8)), w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")),
-        (3, 8, 6), "in in out",
+        lambda w: lax.conv_general_dilated(
+            jnp.ones((1, 5, 8)), w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+        (3, 8, 6),
+        "in in out",
     ),
     "vmapped": (lambda w: jax.vmap(jnp.matmul)(jnp.ones((4, 3, 8)), w), (4, 8, 6), "stack in out"),
-    "vmapped on one shared input": (lambda w: jax.vmap(jnp.matmul, (None, 0))(X, w), (4, 8, 6), "out in out"),
+    "vmapped on one shared input": (
+        lambda w: jax.vmap(jnp.matmul, (None, 0))(X, w),
+        (4, 8, 6),
+        "out in out",
+    ),
     "remat": (lambda w: jax.checkpoint(lambda w: X @ w)(w), (8, 6), "in out"),
     "cond": (lambda w: lax.cond(True, lambda w: X @ w, lambda w: X @ w + 1, w), (8, 6), "in out"),
     "bias": (lambda w: X + w[None], (8,), "out"),
-    "scanned bias": (lambda w: lax.scan(lambda x, w: (x + w[None], None), X, w)[0], (4, 8), "stack out"),
+    "scanned bias": (
+        lambda w: lax.scan(lambda x, w: (x + w[None], None), X, w)[0],
+        (4, 8),
+        "stack out",
+    ),
     "unused": (lambda w: X, (8, 6), "out out"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("fn", "shape", "layout"), READ.values(), ids=READ.keys())

@@ -37,14 +37,26 @@ def config(*targets, rank=2, **options):
 @pytest.mark.parametrize(
     ("targets", "adapted"),
     [
-        pytest.param(["query"], ["layers/0/attention/query", "layers/1/attention/query"], id="name"),
+        pytest.param(
+            ["query"], ["layers/0/attention/query", "layers/1/attention/query"], id="name"
+        ),
         pytest.param(["layers/1/.*query"], ["layers/1/attention/query"], id="whole-path"),
-        pytest.param(["attention/query/kernel"], ["layers/0/attention/query", "layers/1/attention/query"], id="run"),
-        pytest.param(["0/attention/(query|value)"], ["layers/0/attention/query", "layers/0/attention/value"], id="alternatives"),
+        pytest.param(
+            ["attention/query/kernel"],
+            ["layers/0/attention/query", "layers/1/attention/query"],
+            id="run",
+        ),
+        pytest.param(
+            ["0/attention/(query|value)"],
+            ["layers/0/attention/query", "layers/0/attention/value"],
+            id="alternatives",
+        ),
         pytest.param(["embed"], ["embed"], id="embedding"),
-        pytest.param(["0/.*query", "lm_head"], ["layers/0/attention/query", "lm_head"], id="two-targets"),
+        pytest.param(
+            ["0/.*query", "lm_head"], ["layers/0/attention/query", "lm_head"], id="two-targets"
+        ),
     ],
-)  # fmt: skip
+)
 def test_targets_match_a_path_or_a_run_of_its_last_segments(targets, adapted):
     _, trainable = lora_jax.split(PARAMS, config(*targets), KEY)
     found = [path.removesuffix("/kernel").removesuffix("/embedding") for path in trainable]
@@ -128,7 +140,7 @@ def test_a_variables_dict_and_its_parameters_spell_paths_alike():
 
 
 def test_nnx_states_split_and_combine():
-    graph, state = nnx.split(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Param)
+    _graph, state = nnx.split(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Param)
     frozen, trainable = lora_jax.split(state, config("kernel", train=("bias",)), KEY)
     assert list(trainable) == ["bias", "kernel"]
     assert isinstance(trainable["kernel"], LoraFactors)
@@ -147,7 +159,8 @@ def test_split_runs_under_jit_and_on_shapes():
 REFUSED = {
     "a target that matches nothing": (
         config("qeury"),
-        r"Target 'qeury' matches none of the 13 weights. The nearest is 'layers/0/attention/query/kernel'",
+        "Target 'qeury' matches none of the 13 weights. "
+        "The nearest is 'layers/0/attention/query/kernel'",
     ),
     "part of a name": (config("uery"), "Target 'uery' matches none"),
     "an exclude that matches nothing": (
@@ -181,7 +194,8 @@ REFUSED = {
     ),
     "three axes of unknown layout": (
         config("out"),
-        r"'layers/0/attention/out/kernel' of shape \(2, 3, 8\) has 3 axes.*lora_jax.layouts.*'stack in out'",
+        r"'layers/0/attention/out/kernel' of shape \(2, 3, 8\) has 3 axes"
+        r".*lora_jax.layouts.*'stack in out'",
     ),
     "a layout of the wrong length": (
         config("out", layouts={"out": "in out"}),
