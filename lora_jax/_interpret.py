@@ -2,9 +2,8 @@
 
 The function is traced to a jaxpr on the plain weights' shapes; the jaxpr is evaluated with each
 adapted weight as a `Tracked` value. An equation on plain values is bound as it stands; one on a
-tracked weight goes by the weight's own rules, and what has a body (jit, scan, while, cond, remat,
-shard_map) is entered, so that the weight stays factored inside. What is left materialises the
-weight, and says so.
+tracked weight goes by the weight's own rules, and one with a body is entered (`_control_flow`).
+What is left materialises the weight, and says so.
 """
 
 import dataclasses
@@ -16,9 +15,9 @@ from typing import Any, Literal, TypeVar, get_args
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _compat
+from ._control_flow import enter, has_body
 from ._factored import factor
 from ._tracked import Step, Tracked
 from ._weights import LoraWeight, TrainedWeight, is_node
@@ -180,8 +179,7 @@ class Walk:
         return value.materialize()
 
     def _on_tracked(self, eqn, inputs, index, broadcasts) -> list[Any]:
-        name = eqn.primitive.name
-        if enter := _ENTER.get(name):
+        if has_body(eqn):
             outputs = enter(self, eqn, inputs)
             if outputs is not None:
                 return outputs
@@ -204,17 +202,6 @@ class Walk:
         if not isinstance(value, Tracked):
             return value
         return self.plain(value, f"`{eqn.primitive.name}`", _compat.source_line(eqn))
-
-    def body(self, jaxpr: Any, eqn: Any, *, plain: bool = True) -> Callable[..., list[Any]]:
-        """A jaxpr as a function of values; ``plain`` materialises tracked results."""
-        inner = _compat.open_jaxpr(jaxpr)
-
-        def run(*values):
-            outputs = self.evaluate(*inner, values)
-            return [self.plain_operand(v, eqn) for v in outputs] if plain else outputs
-
-        run.__name__ = str(eqn.params.get("name", eqn.primitive.name))
-        return run
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
@@ -245,179 +232,3 @@ def _unbroadcast(eqn, operands, broadcasts, position) -> jax.Array | None:
     for axis, new in enumerate(placed):
         sizes[new] = source.shape[axis]
     return lax.broadcast_in_dim(source, sizes, placed)
-
-
-# --- primitives with a body ----------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1024)
-def _jitted(walk: Walk, jaxpr: Any, eqn: "_Identity") -> Callable[..., Any]:
-    return jax.jit(walk.body(jaxpr, eqn.value, plain=False))
-
-
-class _Identity:
-    """Carries an equation past a cache whose key it is not part of."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __eq__(self, other):
-        return isinstance(other, _Identity)
-
-    def __hash__(self):
-        return 0
-
-
-def _enter_jit(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any]:
-    params = eqn.params
-    inputs = [_constrain(v, s) for v, s in zip(inputs, params["in_shardings"], strict=True)]
-    if walk.keep_jit:
-        outputs = _jitted(walk, params["jaxpr"], _Identity(eqn))(*inputs)
-    else:
-        outputs = walk.body(params["jaxpr"], eqn, plain=False)(*inputs)
-    return [_constrain(v, s) for v, s in zip(outputs, params["out_shardings"], strict=True)]
-
-
-def _constrain(value: Any, sharding: Any) -> Any:
-    """Keeps the sharding that an inner jit asks for; an adapted weight's factors follow it."""
-    if not isinstance(sharding, NamedSharding):
-        return value
-    if isinstance(value, Tracked):
-        w = lax.with_sharding_constraint(value.w, sharding)
-        return value.rebuild(w, value.parts, value.labels)
-    return lax.with_sharding_constraint(value, sharding)
-
-
-def _enter_call(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any]:
-    jaxpr = eqn.params.get("call_jaxpr") or eqn.params["jaxpr"]
-    return walk.body(jaxpr, eqn, plain=False)(*inputs)
-
-
-def _enter_remat(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any]:
-    body = walk.body(eqn.params["jaxpr"], eqn, plain=False)
-    keep = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(body, **keep)(*inputs)
-
-
-def _enter_scan(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any]:
-    n_consts, n_carry = _compat.scan_counts(eqn)
-    inner = _compat.open_jaxpr(eqn.params["jaxpr"])
-    consts, carry, xs = _cut(inputs, n_consts, n_carry)
-    fixed = _invariant(inner.jaxpr, n_consts, 0, carry)
-    moving = [i for i in range(n_carry) if i not in fixed]
-    sliced = [x.unstack() if isinstance(x, Tracked) else ([x], _first) for x in xs]
-
-    def body(values, slices):
-        full = [fixed.get(i) for i in range(n_carry)]
-        for i, value in zip(moving, values, strict=True):
-            full[i] = value
-        rows = [restore(s) for (_, restore), s in zip(sliced, slices, strict=True)]
-        outputs = walk.evaluate(*inner, [*consts, *full, *rows])
-        outputs = [walk.plain_operand(v, eqn) if i not in fixed else None
-                   for i, v in enumerate(outputs)]  # fmt: skip
-        return [outputs[i] for i in moving], outputs[n_carry:]
-
-    carry_in = [walk.plain_operand(carry[i], eqn) for i in moving]
-    keep = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    if "_split_transpose" in eqn.params:
-        keep["_split_transpose"] = eqn.params["_split_transpose"]
-    carried, ys = lax.scan(body, carry_in, [arrays for arrays, _ in sliced], **keep)
-    return [*_refill(fixed, moving, carried, n_carry), *ys]
-
-
-def _enter_while(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any]:
-    n_test, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    test_consts, body_consts, carry = _cut(inputs, n_test, n_body)
-    test, inner = (_compat.open_jaxpr(eqn.params[f"{name}_jaxpr"]) for name in ("cond", "body"))
-    fixed = _invariant(inner.jaxpr, n_body, 0, carry)
-    moving = [i for i in range(len(carry)) if i not in fixed]
-
-    def full(values):
-        return _refill(fixed, moving, values, len(carry))
-
-    def keep_going(values):
-        return walk.plain_operand(walk.evaluate(*test, [*test_consts, *full(values)])[0], eqn)
-
-    def turn(values):
-        outputs = walk.evaluate(*inner, [*body_consts, *full(values)])
-        return [walk.plain_operand(outputs[i], eqn) for i in moving]
-
-    carry_in = [walk.plain_operand(carry[i], eqn) for i in moving]
-    return full(lax.while_loop(keep_going, turn, carry_in))
-
-
-def _enter_cond(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any] | None:
-    if eqn.params.get("branches_platforms") is not None:
-        return None
-    branches = [walk.body(branch, eqn) for branch in eqn.params["branches"]]
-    return lax.switch(inputs[0], branches, *inputs[1:])
-
-
-def _enter_shard_map(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any]:
-    params = eqn.params
-    specs = [_specs(value, spec) for value, spec in zip(inputs, params["in_specs"], strict=True)]
-    return jax.shard_map(
-        walk.body(params["jaxpr"], eqn),
-        mesh=params["mesh"],
-        in_specs=tuple(specs),
-        out_specs=list(params["out_specs"]),
-        axis_names=params["newly_manual_axes"],
-        check_vma=params["check_vma"],
-    )(*inputs)
-
-
-def _specs(value: Any, spec: PartitionSpec) -> Any:
-    """The specs of a tracked weight: each part takes the weight's spec on the axes it owns."""
-    if not isinstance(value, Tracked):
-        return spec
-    entries = [*spec, *[None] * (value.w.ndim - len(spec))]
-    parts = [
-        None
-        if part is None
-        else PartitionSpec(
-            *(e if own else None for e, own in zip(entries, value.owned(i), strict=True))
-        )
-        for i, part in enumerate(value.parts)
-    ]
-    return value.rebuild(spec, parts, value.labels)
-
-
-def _enter_barrier(walk: Walk, eqn: Any, inputs: list[Any]) -> list[Any]:
-    return list(lax.optimization_barrier(tuple(inputs)))
-
-
-def _cut(values: list[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
-    return values[:first], values[first : first + second], values[first + second :]
-
-
-def _invariant(jaxpr: Any, n_consts: int, offset: int, carry: list[Any]) -> dict[int, Tracked]:
-    """The tracked weights that a loop hands on unchanged, by their place in the carry."""
-    return {
-        i: value
-        for i, value in enumerate(carry)
-        if isinstance(value, Tracked) and jaxpr.outvars[offset + i] is jaxpr.invars[n_consts + i]
-    }
-
-
-def _refill(fixed: dict[int, Any], moving: list[int], values: Sequence[Any], n: int) -> list[Any]:
-    rest = dict(zip(moving, values, strict=True)) | fixed
-    return [rest[i] for i in range(n)]
-
-
-def _first(slices: Sequence[Any]) -> Any:
-    return slices[0]
-
-
-_ENTER: dict[str, Callable[[Walk, Any, list[Any]], list[Any] | None]] = {
-    "jit": _enter_jit,
-    "pjit": _enter_jit,
-    "closed_call": _enter_call,
-    "core_call": _enter_call,
-    "remat2": _enter_remat,
-    "checkpoint": _enter_remat,
-    "scan": _enter_scan,
-    "while": _enter_while,
-    "cond": _enter_cond,
-    "shard_map": _enter_shard_map,
-    "optimization_barrier": _enter_barrier,
-}

@@ -1,0 +1,129 @@
+"""Reading ``config.json``: every field is honoured, harmless, or refused by name.
+
+A field that is skipped without a word is how a model loads and computes something else. So a
+family states three lists: the fields of its dataclass, the fields that may have one value
+only, and the fields that change nothing.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+BOOKKEEPING = frozenset(
+    (
+        *("_name_or_path", "architectures", "model_type", "transformers_version", "language"),
+        *("_attn_implementation_autoset", "_attn_implementation", "attn_implementation"),
+        *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "xla_device", "tf_legacy_loss"),
+        *("id2label", "label2id", "num_labels", "_num_labels", "finetuning_task"),
+        *("problem_type", "task_specific_params", "tokenizer_class", "gradient_checkpointing"),
+        *("use_cache", "output_past", "output_attentions", "output_hidden_states"),
+        *("return_dict", "return_dict_in_generate", "chunk_size_feed_forward", "prefix"),
+        *("bos_token_id", "eos_token_id", "eos_token_ids", "cls_token_id", "sep_token_id"),
+        *("unk_token_id", "mask_token_id", "decoder_start_token_id", "tie_encoder_decoder"),
+        *("do_sample", "early_stopping", "max_length", "min_length", "num_beams", "top_k"),
+        *("num_return_sequences", "length_penalty", "repetition_penalty", "temperature"),
+        *("top_p", "no_repeat_ngram_size", "bad_words_ids", "num_beam_groups"),
+        *("diversity_penalty", "encoder_no_repeat_ngram_size", "forced_bos_token_id"),
+        *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
+        *("suppress_tokens", "begin_suppress_tokens", "typical_p", "output_scores"),
+    )
+)
+"""Fields that every family may carry and that change no logit of an encoder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+    """The fields that a family knows.
+
+    Attributes:
+        config: Its frozen dataclass, whose field names are those of ``config.json``.
+        fixed: Fields that may have this value only.
+        ignored: Further harmless fields.
+    """
+
+    config: type
+    fixed: Mapping[str, Any]
+    ignored: tuple[str, ...] = ()
+
+
+def read_fields(fields: Fields, found: Mapping[str, Any], *, num_labels: int | None) -> Any:
+    """Makes the family's dataclass of a ``config.json``.
+
+    Args:
+        fields: What the family knows.
+        found: The file as a dictionary.
+        num_labels: Overrides what the file says; None reads ``id2label`` or ``num_labels``.
+
+    Raises:
+        ValueError: All problems in one list: fields missing, unknown, of the wrong type, or
+            fixed at another value.
+    """
+    known = {f.name: f for f in dataclasses.fields(fields.config)}
+    used = {name: value for name, value in found.items() if name in known}
+    used["num_labels"] = _num_labels(found) if num_labels is None else num_labels
+    problems = [
+        *_missing(known, used),
+        *_of_wrong_type(fields.config, used),
+        *_fixed_elsewhere(fields.fixed, found),
+        *_unknown(found, {*known, *fields.fixed, *fields.ignored, *BOOKKEEPING}),
+    ]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise ValueError(f"config.json describes a model that this one is not:{listed}")
+    return fields.config(**used)
+
+
+def _num_labels(found: Mapping[str, Any]) -> Any:
+    if found.get("id2label"):
+        return len(found["id2label"])
+    return found.get("num_labels", found.get("_num_labels", 2))
+
+
+def _missing(known: Mapping[str, dataclasses.Field], used: Mapping[str, Any]) -> list[str]:
+    needed = (n for n, f in known.items() if f.default is dataclasses.MISSING)
+    return [f"`{name}` is missing." for name in needed if name not in used]
+
+
+def _of_wrong_type(config: type, used: Mapping[str, Any]) -> list[str]:
+    hints = typing.get_type_hints(config)
+    return [
+        f"`{name}` must be {_spell(hints[name])}, got {value!r}."
+        for name, value in used.items()
+        if not _fits(value, hints[name])
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
+def _spell(hint: Any) -> str:
+    kinds = typing.get_args(hint) or (hint,)
+    return " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+
+
+def _fixed_elsewhere(fixed: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"`{name}` is {found[name]!r}; only {value!r} is supported."
+        for name, value in fixed.items()
+        if name in found and found[name] != value
+    ]
+
+
+def _unknown(found: Mapping[str, Any], known: set[str]) -> list[str]:
+    problems = []
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            problems.append(
+                f"`{name}` is unknown.{hint} Remove it from config.json if it changes nothing."
+            )
+    return problems

@@ -1,0 +1,329 @@
+"""Adapters survive the way to PEFT's files and back; what cannot go there is refused by name."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_jax._config import LoraConfig
+from lora_jax._merge import merge
+from lora_jax._partition import split
+from lora_jax.io import load_adapter, save_adapter
+from lora_jax.io._adapter_config import covering_names, resolve
+from lora_jax.models import from_pretrained
+from tests.references.checkpoints import HEADS, HERE, checkpoint, outputs
+
+TASK = "sequence-classification"
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+STACKED = {"layouts": {"encoder/layers/.*/kernel": "stack in out"}}
+
+
+def lora(**changes) -> LoraConfig:
+    fields = {
+        "rank": 4,
+        "alpha": 10.0,
+        "targets": ("attention/(query|value)",),
+        "train": ("classifier/.*",),
+        "dropout": 0.1,
+    }
+    return LoraConfig(**(fields | changes))
+
+
+def trained(model, config):
+    """A split with every array moved, as if trained."""
+    frozen, trainable = split(model.params, config, jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return frozen, treedef.unflatten(moved)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return from_pretrained(checkpoint(tmp_path / "base", "bert", TASK))
+
+
+@pytest.fixture
+def adapter(tmp_path, model):
+    """A saved adapter of `model`."""
+    _, trainable = trained(model, lora())
+    return save_adapter(tmp_path / "adapter", trainable, lora(), model)
+
+
+def edit(directory, *, config=None, tensors=None):
+    """Changes an adapter's files: fields to set, and a function over the tensors."""
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+    if tensors:
+        stored = load_file(directory / "adapter_model.safetensors")
+        save_file(tensors(stored), directory / "adapter_model.safetensors")
+
+
+PATTERNS = {
+    "rank_pattern": {"layers/0/attention/query": 2},
+    "alpha_pattern": {"layers/1/attention/value": 3.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "scan_layers", "config"),
+    [
+        pytest.param("bert", TASK, False, {}, id="bert"),
+        pytest.param("roberta", TASK, False, {}, id="roberta"),
+        pytest.param("bert", TASK, True, STACKED, id="bert-scanned"),
+        pytest.param("roberta", TASK, True, STACKED, id="roberta-scanned"),
+        pytest.param("bert", TASK, False, PATTERNS, id="patterns"),
+        pytest.param("bert", TASK, False, {"rank": 3, "use_rslora": True}, id="rslora"),
+        pytest.param("bert", TASK, False, PATTERNS | {"use_rslora": True}, id="rslora-patterns"),
+        pytest.param("bert", TASK, False, {"targets": ("mlp/(up|down)",)}, id="mlp"),
+        pytest.param("bert", TASK, False, {"targets": ("layers/1/.*/query",)}, id="one-layer"),
+        pytest.param("bert", TASK, False, {"train": ("pooler/.*", "classifier/.*")}, id="pooler"),
+        pytest.param("roberta", TASK, False, {"train": ("classifier/.*", "norm/.*")}, id="norms"),
+        pytest.param("bert", TASK, True, STACKED | {"train": ("mlp/norm/.*",)}, id="scanned-norms"),
+        pytest.param("bert", "token-classification", False, {}, id="token-classification"),
+        pytest.param(
+            "bert", "question-answering", False, {"train": ("qa_outputs/.*",)}, id="answers"
+        ),
+        pytest.param("bert", "masked-lm", False, {"train": ()}, id="masked-lm"),
+        pytest.param("bert", "feature-extraction", False, {"train": ()}, id="features"),
+    ],
+)
+def test_saving_and_loading_is_the_identity(tmp_path, family, task, scan_layers, config):
+    directory = checkpoint(tmp_path / "base", family, task if task in HEADS else None)
+    model = from_pretrained(directory, task, scan_layers=scan_layers)
+    frozen, trainable = trained(model, lora(**config))
+    save_adapter(tmp_path / "adapter", trainable, lora(**config), model)
+    again_frozen, again, again_config = load_adapter(tmp_path / "adapter", model)
+    assert jax.tree.structure(again) == jax.tree.structure(trainable)  # scales are in it
+    jax.tree.map(np.testing.assert_array_equal, again, trainable)
+    assert jax.tree.structure(again_frozen) == jax.tree.structure(frozen)
+    anew = split(model.params, again_config, jax.random.key(0))[1]
+    assert jax.tree.structure(anew) == jax.tree.structure(trainable)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("name", ["peft", "peft-rslora-patterns"])
+def test_an_adapter_of_pefts_gives_pefts_logits(tmp_path, family, name, scan_layers):
+    directory = checkpoint(tmp_path, family, TASK)
+    model = from_pretrained(directory, TASK, scan_layers=scan_layers)
+    adapter = HERE / family / name
+    if scan_layers and name != "peft":
+        with pytest.raises(ValueError, match=r"its layers differ.*scan_layers=False"):
+            load_adapter(adapter, model)
+        return
+    frozen, trainable, _ = load_adapter(adapter, model)
+    expected = outputs(family)
+    inputs = (expected[n] for n in ("input_ids", "attention_mask", "token_type_ids"))
+    logits = jax.jit(model.apply)(merge(frozen, trainable), *inputs)
+    np.testing.assert_allclose(logits, expected[name], rtol=0, atol=1e-5)
+    assert not np.allclose(expected[name], expected[TASK], atol=1e-2)
+
+
+def test_what_is_written_leaves_nothing_to_a_default(adapter):
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    assert fields == {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": None,
+        "r": 4,
+        "lora_alpha": 10,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "lora_dropout": 0.1,
+        "target_modules": ["query", "value"],
+        "modules_to_save": ["classifier"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert stored[f"{QUERY}.lora_A.weight"].shape == (4, 32)
+    assert stored[f"{QUERY}.lora_B.weight"].shape == (32, 4)
+    assert stored["base_model.model.classifier.weight"].shape == (3, 32)
+    assert len(stored) == 2 * 2 * 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "match"),
+    [
+        pytest.param(
+            TASK,
+            {"targets": ("word_embeddings",)},
+            "word_embeddings/embedding: only",
+            id="embedding",
+        ),
+        pytest.param(
+            TASK,
+            {"targets": ("query",), "train": ("query/bias",)},
+            r"layers/0/attention/query/bias: PEFT saves whole modules; also train .*query/kernel",
+            id="bias",
+        ),
+        pytest.param(
+            TASK,
+            {"train": ("classifier/kernel",)},
+            "also train .'classifier/bias'",
+            id="half-a-head",
+        ),
+        pytest.param(
+            TASK,
+            {"targets": ("classifier/kernel",), "train": ("pooler/.*",), "rank": 2},
+            "classifier/kernel: PEFT trains a head in full",
+            id="factors-in-a-head",
+        ),
+        pytest.param(
+            "masked-lm", {"train": ("lm_head/.*",)}, "lm_head/bias.*tied to the decoder", id="tied"
+        ),
+        pytest.param(
+            TASK, {"targets": (), "train": ("classifier/.*",)}, "no weight is adapted", id="full"
+        ),
+    ],
+)
+def test_what_the_format_cannot_express_is_refused(tmp_path, task, config, match):
+    model = from_pretrained(checkpoint(tmp_path / "base", "bert", task), task)
+    _, trainable = trained(model, lora(**config))
+    with pytest.raises(ValueError, match=match):
+        save_adapter(tmp_path / "adapter", trainable, lora(**config), model)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_untrained_new_head_is_refused(tmp_path):
+    model = from_pretrained(checkpoint(tmp_path / "base", "bert", None), new_head=True)
+    _, trainable = trained(model, lora(train=()))
+    with pytest.raises(ValueError, match="classifier/kernel was newly drawn and is not trained"):
+        save_adapter(tmp_path / "adapter", trainable, lora(train=()), model)
+
+
+def test_weights_of_another_model_are_refused(tmp_path, model):
+    _, trainable = trained(model, lora())
+    with pytest.raises(ValueError, match="spam/kernel is not a weight of the model"):
+        save_adapter(tmp_path / "new", trainable | {"spam/kernel": jnp.ones(2)}, lora(), model)
+
+
+def rename(old, new):
+    return lambda stored: {name.replace(old, new): tensor for name, tensor in stored.items()}
+
+
+def without(name):
+    return lambda stored: {key: tensor for key, tensor in stored.items() if name not in key}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "match"),
+    [
+        pytest.param({}, rename("base_model.model.", ""), "unmapped: bert.encoder", id="no-prefix"),
+        pytest.param(
+            {}, rename(".query.", ".qeury."), "unmapped: .*self.qeury.lora_A", id="unknown"
+        ),
+        pytest.param(
+            {}, without("layer.0.attention.self.query"), f"missing: {QUERY}.lora_A", id="no-module"
+        ),
+        pytest.param({}, without("layer.0.attention.self.query.lora_B"), "query.lora_B", id="no-b"),
+        pytest.param({}, without("classifier.bias"), "model.classifier.bias", id="half-a-head"),
+        pytest.param({}, without("classifier"), "model.classifier.weight", id="no-head"),
+        pytest.param(
+            {"r": 8}, None, r"is \(4, 32\), the model and config say \(8, 32\)", id="rank"
+        ),
+        pytest.param({"r": None}, None, "`r` is missing", id="no-r"),
+        pytest.param({"lora_alpha": None}, None, "`lora_alpha` is missing", id="no-alpha"),
+        pytest.param({"peft_type": "IA3"}, None, "`peft_type` is 'IA3'", id="other-kind"),
+        pytest.param({"bias": "all"}, None, "`bias` is 'all'", id="bias"),
+        pytest.param({"use_dora": True}, None, "`use_dora` is True", id="dora"),
+        pytest.param({"fan_in_fan_out": True}, None, "`fan_in_fan_out`", id="fan-in-fan-out"),
+        pytest.param({"init_lora_weights": "pissa"}, None, "changed the base weights", id="pissa"),
+        pytest.param({"hologram": 3}, None, "`hologram` is 3", id="unknown-field"),
+        pytest.param({"rank_pattern": [2]}, None, r"`rank_pattern` is \[2\]", id="type"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(adapter, model, config, tensors, match):
+    edit(adapter, config=config, tensors=tensors)
+    with pytest.raises(ValueError, match=match):
+        load_adapter(adapter, model)
+
+
+def test_a_neutral_unknown_field_changes_nothing(adapter, model):
+    before = load_adapter(adapter, model)[1]
+    edit(adapter, config={"hologram": None, "lasers": [], "use_dora": False})
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(adapter, model)[1], before)
+
+
+def test_scanned_layers_need_an_adapter_on_each(tmp_path):
+    directory = checkpoint(tmp_path / "base", "bert", TASK)
+    unrolled = from_pretrained(directory)
+    config = lora(targets=("layers/1/attention/query",))
+    _, trainable = trained(unrolled, config)
+    adapter = save_adapter(tmp_path / "adapter", trainable, config, unrolled)
+    scanned = from_pretrained(directory, scan_layers=True)
+    with pytest.raises(ValueError, match=r"only layers \[1\] are adapted: load.*scan_layers=False"):
+        load_adapter(adapter, scanned)
+
+
+def test_an_unrolled_adapter_loads_into_scanned_layers(tmp_path, model, adapter):
+    scanned = from_pretrained(model.directory, scan_layers=True)
+    ids = outputs("bert")["input_ids"]
+    one, two = (
+        jax.jit(each.apply)(merge(*load_adapter(adapter, each)[:2]), ids)
+        for each in (model, scanned)
+    )
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        pytest.param((), "has no adapter_config.json", id="empty"),
+        pytest.param(("adapter_config.json",), "has no adapter_model.safetensors", id="no-weights"),
+        pytest.param(
+            ("adapter_config.json", "adapter_model.bin"), "adapter_model.bin only", id="pickle"
+        ),
+    ],
+)
+def test_a_directory_that_is_no_adapter_is_refused(tmp_path, model, files, match):
+    for name in files:
+        (tmp_path / name).write_text('{"r": 4, "lora_alpha": 8}')
+    with pytest.raises(ValueError, match=match):
+        load_adapter(tmp_path, model)
+
+
+def test_bfloat16_weights_keep_float32_factors(tmp_path, adapter, model):
+    half = from_pretrained(model.directory, dtype=jnp.bfloat16)
+    _, trainable, _ = load_adapter(adapter, half)
+    kept = load_adapter(adapter, model)[1]
+    path = "encoder/layers/0/attention/query/kernel"
+    np.testing.assert_array_equal(trainable[path].a, kept[path].a)
+    assert trainable["classifier/kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        pytest.param(["a.0.query", "a.1.query"], ["query"], id="all-of-a-name"),
+        pytest.param(["a.0.query"], ["a.0.query"], id="one-of-two"),
+        pytest.param(
+            ["a.0.out.dense", "a.1.out.dense"], ["a.0.out.dense", "a.1.out.dense"], id="dense"
+        ),
+    ],
+)
+def test_target_modules_cover_exactly_the_file(modules, expected):
+    every = [f"a.{i}.{name}" for i in (0, 1) for name in ("query", "key", "out.dense", "dense")]
+    assert covering_names(modules, every) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "expected"),
+    [
+        pytest.param("query", "layer.1.self.query", 2, id="last-segment"),
+        pytest.param("layer.1.self.query", "layer.1.self.query", 2, id="whole"),
+        pytest.param("layer.1.self.query", "layer.11.self.query", 8, id="another-layer"),
+        pytest.param("ery", "layer.1.self.query", 8, id="part-of-a-segment"),
+        pytest.param("^layer.0.self.query", "layer.1.self.query", 8, id="anchored"),
+    ],
+)
+def test_patterns_are_resolved_as_peft_does(pattern, module, expected):
+    assert resolve({pattern: 2}, module, 8) == expected
