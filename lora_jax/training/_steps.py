@@ -1,0 +1,115 @@
+"""One step of training, jitted over a mesh, and one of evaluation.
+
+    state, metrics = train_step(state, frozen, batch)      # state is donated, frozen is not
+    outputs = eval_step(state.trainable, frozen, batch)
+
+Gradients and optimizer state exist for the trainable leaves alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ._mesh import batch_sharding, check_batch, replicated
+
+
+class StepKeys(NamedTuple):
+    """The randomness of one step: a key for LoRA dropout and one for the model's own."""
+
+    lora: jax.Array
+    model: jax.Array
+
+
+class TrainState(NamedTuple):
+    """All that changes while training, and all that a checkpoint needs.
+
+    Attributes:
+        step: Steps taken, ``()`` int32. The data position follows from it.
+        trainable: The trainable half of `lora_jax.split`.
+        opt_state: The optimizer's state for ``trainable``.
+        key: The run's PRNG key, never changed: step keys are folded from it.
+    """
+
+    step: jax.Array
+    trainable: Any
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def init_state(trainable: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step. Arrays are copied, since a train step consumes them."""
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trainable)
+    return TrainState(jnp.int32(0), trainable, tx.init(trainable), jnp.array(key, copy=True))
+
+
+def step_keys(key: jax.Array, step: jax.Array | int) -> StepKeys:
+    """The keys of one step: a function of the run's key and the step's number alone."""
+    lora, model = jax.random.split(jax.random.fold_in(key, step))
+    return StepKeys(lora, model)
+
+
+def make_train_step(
+    loss_fn: Callable[[Any, Any, Any, StepKeys], jax.Array],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+) -> Any:
+    """Makes the jitted train step.
+
+    Args:
+        loss_fn: ``(trainable, frozen, batch, keys) -> ()``, the mean over the whole batch.
+        tx: The optimizer.
+        mesh: The mesh of `data_mesh`: batches are cut over it, state stands on every device.
+
+    Returns:
+        A jitted ``(state, frozen, batch) -> (state, metrics)``; it has ``.lower``. The state
+        that goes in is donated: its arrays are gone afterwards. ``metrics`` holds ``loss`` and
+        ``grad_norm``, ``()`` each, of this step's weights before their update.
+
+    Raises:
+        ValueError: At the call, for a batch that does not divide over the devices.
+    """
+
+    def train_step(state: TrainState, frozen: Any, batch: Any):
+        check_batch(batch, mesh)
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        keys = step_keys(state.key, state.step)
+        loss, grads = jax.value_and_grad(loss_fn)(state.trainable, frozen, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+
+    whole = replicated(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(whole, whole, None),
+        out_shardings=(whole, whole),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(apply_fn: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Any:
+    """Makes the jitted eval step.
+
+    Args:
+        apply_fn: ``(trainable, frozen, batch) -> outputs``, a tree of ``(examples, ...)``.
+        mesh: The mesh of `data_mesh`.
+
+    Returns:
+        A jitted function of the same signature whose outputs stand whole on every device.
+
+    Raises:
+        ValueError: At the call, for a batch that does not divide over the devices.
+    """
+
+    def eval_step(trainable: Any, frozen: Any, batch: Any):
+        check_batch(batch, mesh)
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        return apply_fn(trainable, frozen, batch)
+
+    whole = replicated(mesh)
+    return jax.jit(eval_step, in_shardings=(whole, whole, None), out_shardings=whole)

@@ -1,0 +1,249 @@
+"""A run end to end: it learns, what it leaves is whole, and killed it goes on bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lora_jax.io import checkpoints
+from train import cli, config_file, evaluate, finetune
+from train.console import Console
+
+
+def train(folder, *arguments):
+    return cli.main([str(folder / "run.yaml"), *arguments])
+
+
+def rows(directory):
+    """The metrics without wall-clock times."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in lines
+    ]
+
+
+def stored(directory, step):
+    """The bytes of every array of a checkpoint."""
+    manager = checkpoints.open_checkpoints(directory / "checkpoints")
+    state = manager.restore(step)["state"]
+    manager.close()
+    return {path: np.asarray(array).tobytes() for path, array in state.items()}
+
+
+def adapter_files(directory):
+    return {file.name: file.read_bytes() for file in (directory / "adapter").iterdir()}
+
+
+def test_a_run_learns_and_leaves_what_it_promises(folder, capsys):
+    enough = ("lora.targets=[query,value,up,down]", "lora.alpha=8", "training.evaluate_every=25")
+    assert train(folder, "training.steps=100", *enough, "--json") == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert result["accuracy"] >= 0.8
+    out = folder / "out"
+    names = {"config.yaml", "metrics.jsonl", "result.json", "curves.png", "report.html"}
+    assert {file.name for file in out.iterdir()} == {*names, "adapter", "checkpoints"}
+    assert json.loads((out / "result.json").read_text()) == result
+    # Query and value, then up and down, at rank 2; and the head of two classes.
+    adapters = 2 * (32 * 2 + 2 * 32) + 2 * (32 * 2 + 2 * 48)
+    assert result["trained_parameters"] == adapters + 32 * 2 + 2
+    # AdamW keeps two float32 moments; the counts of Adam and of the schedule are int32.
+    assert result["optimizer_bytes"] == 2 * 4 * result["trained_parameters"] + 2 * 4
+    files = list((out / "adapter").glob("*.safetensors"))
+    assert result["checkpoint_bytes"] == sum(file.stat().st_size for file in files)
+    for name in ("seconds_per_step", "compile_seconds", "tokens_per_second", "seconds"):
+        assert result[name] > 0
+    evaluations = [row for row in rows(out) if "evaluation" in row]
+    assert [row["step"] for row in evaluations] == [0, 25, 50, 75, 100]
+    assert evaluations[-1]["evaluation"] == result["metrics"]
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 101))
+    page = (out / "report.html").read_text()
+    assert "encoder/layers/0/attention/query/kernel" in page
+    assert "before training" in page
+    # What the run says of itself is what a fresh load of its adapter gives.
+    assert evaluate.main([str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["accuracy"]
+    assert evaluate.main([str(out), "--json", "--data", str(folder / "rows.csv")]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] >= 0.8
+
+
+HEAD = ["classifier/bias", "classifier/kernel"]
+KILL = """
+import os, signal, sys
+from train import cli, finetune
+
+original = finetune.{function}
+
+def kill(run, *arguments):
+    result = original(run, *arguments)
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+finetune.{function} = kill
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, write_run):
+    """The same run, never interrupted."""
+    folder = write_run(tmp_path_factory.mktemp("whole"))
+    assert train(folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("function", "when", "lost"),
+    [
+        pytest.param("save", "arguments[0] == 10", 10, id="right-after-a-checkpoint"),
+        pytest.param("log", "arguments[0][-1]['step'] == 12", 12, id="after-more-steps"),
+        pytest.param("log", "arguments[0][-1]['step'] == 4", 4, id="before-any-checkpoint"),
+    ],
+)
+def test_killed_and_resumed_equals_never_interrupted(folder, whole, function, when, lost):
+    script = folder / "killed.py"
+    script.write_text(KILL.format(function=function, when=when))
+    killed = subprocess.run(
+        [sys.executable, script, folder / "run.yaml"],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    out = folder / "out"
+    assert max(row["step"] for row in rows(out)) == lost
+    assert train(folder, "--resume") == 0
+    assert rows(out) == rows(whole / "out")
+    assert stored(out, 20) == stored(whole / "out", 20)
+    assert adapter_files(out) == adapter_files(whole / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        pytest.param("lora.alpha=3", "lora.alpha: 4.0 -> 3.0", id="alpha"),
+        pytest.param("lora.rank=3", "another state", id="rank"),
+        pytest.param("training.learning_rate=1e-3", "0.01 -> 0.001", id="learning-rate"),
+        pytest.param("training.steps=30", "training.steps: 20 -> 30", id="steps"),
+        pytest.param("data.holdout=50", "the training data: hash", id="another-split"),
+        pytest.param("data.train={other}", "the training data: hash", id="other-texts"),
+    ],
+)
+def test_resume_refuses_another_run(folder, whole, capsys, change, difference):
+    other = folder / "rows.csv"
+    other.write_text(other.read_text().replace("film", "plot"))
+    before = (whole / "out" / "config.yaml").read_bytes(), rows(whole / "out")
+    assert train(whole, change.format(other=other), "--resume") == 2
+    assert difference in capsys.readouterr().err
+    assert ((whole / "out" / "config.yaml").read_bytes(), rows(whole / "out")) == before
+
+
+def test_a_finished_run_resumes_to_the_same_end(whole):
+    result = json.loads((whole / "out" / "result.json").read_text())
+    config = config_file.load(whole / "out" / "config.yaml", ["output.on_existing=resume"])
+    again = finetune.run(config, Console(stderr=True))
+    for name in ("accuracy", "metrics", "steps", "checkpoint_bytes", "seconds_per_step"):
+        assert again[name] == result[name]
+
+
+def test_an_existing_run_is_not_touched_unasked(folder, capsys):
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("mine")
+    assert train(folder) == 2
+    message = capsys.readouterr().err
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert "out-2" in message
+    assert train(folder, "--overwrite") == 2
+    assert "it is not a run" in capsys.readouterr().err
+    assert (folder / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(
+    folder, capsys, monkeypatch
+):
+    original = finetune.training_batches
+
+    def poisoned(*arguments):
+        batches = original(*arguments)
+
+        def poison(index):
+            batch = dict(batches[index])
+            if index == 11:
+                # An id outside the table of words gives NaN.
+                batch["input_ids"] = np.full_like(batch["input_ids"], 999)
+            return batch
+
+        return type("Batches", (), {"__getitem__": lambda self, index: poison(index)})()
+
+    monkeypatch.setattr(finetune, "training_batches", poisoned)
+    assert train(folder) == 3
+    assert "Stopped at step 12: the loss is nan" in capsys.readouterr().err
+    result = json.loads((folder / "out" / "result.json").read_text())
+    assert (result["status"], result["step"], result["last_good_step"]) == ("not finite", 12, 10)
+    state = stored(folder / "out", 10)
+    arrays = [np.frombuffer(value, np.float32) for path, value in state.items() if "kernel" in path]
+    assert all(np.isfinite(array).all() for array in arrays)
+    assert not (folder / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained"),
+    [
+        pytest.param(["lora.targets=[]"], HEAD, id="head"),
+        pytest.param(["lora.targets=[]", "lora.train=['.*']"], None, id="full"),
+        pytest.param(
+            ["lora.targets=[layers/0/mlp/up]"],
+            [*HEAD, "encoder/layers/0/mlp/up/kernel"],
+            id="one-adapter",
+        ),
+        pytest.param(
+            ["model.scan_layers=true"],
+            [*HEAD, *(f"encoder/layers/attention/{name}/kernel" for name in ("query", "value"))],
+            id="scanned-layers",
+        ),
+        pytest.param(
+            ["model.dtype=bfloat16", "lora.targets=[layers/0/mlp/up]"],
+            [*HEAD, "encoder/layers/0/mlp/up/kernel"],
+            id="bfloat16",
+        ),
+    ],
+)
+def test_every_choice_of_weights_trains_saves_and_loads(folder, capsys, overrides, trained):
+    assert train(folder, "training.steps=5", *overrides, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    paths = [
+        path.removeprefix("trainable/")
+        for path in stored(folder / "out", 5)
+        if path.startswith("trainable/")
+    ]
+    paths = sorted({path.removesuffix("/a").removesuffix("/b") for path in paths})
+    if trained is None:
+        assert result["trained_parameters"] == result["total_parameters"]
+    else:
+        assert paths == trained
+    assert evaluate.main([str(folder / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(
+        result["metrics"]["loss"], rel=1e-5
+    )
+
+
+def test_the_best_weights_are_kept_when_asked(folder):
+    config = config_file.load(
+        folder / "run.yaml", ["output.weights=best", "training.best_metric=loss"]
+    )
+    result = finetune.run(config, Console(stderr=True))
+    scores = {
+        row["step"]: row["evaluation"]["loss"]
+        for row in rows(folder / "out")
+        if "evaluation" in row
+    }
+    del scores[0]
+    assert result["steps"] == min(scores, key=scores.__getitem__)
+    assert result["metrics"]["loss"] == min(scores.values())

@@ -1,0 +1,145 @@
+"""What a run leaves to be used: the adapter, saved, loaded again and checked.
+
+A run without adapters (a head alone, full fine-tuning) leaves `weights.safetensors` in its place,
+its trained weights under our own paths.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+import lora_jax
+from lora_jax import models
+from lora_jax.io import peft
+
+from .batches import collate
+from .config import Config, lora_config
+from .model import adapt, inputs
+from .plan import Sets
+
+WEIGHTS = "weights.safetensors"
+EXAMPLES = 8  # as many as the check runs the model on
+
+
+class Check(NamedTuple):
+    """What saving and loading again has shown.
+
+    Attributes:
+        bytes: Size of the saved weights.
+        moved: Largest difference between the base model's logits and the adapted model's.
+        merge_error: Largest difference between the adapted model's logits and the merged one's.
+        tolerance: What `merge_error` may be at most; see `tolerance`.
+    """
+
+    bytes: int
+    moved: float
+    merge_error: float
+    tolerance: float
+
+
+def export(
+    directory: Path, model: models.Pretrained, trainable: Any, config: Config, sets: Sets
+) -> Check:
+    """Saves what was trained, loads it again, and checks that it is whole.
+
+    Raises:
+        ValueError: What was loaded differs from what was saved, changes nothing, or differs
+            once merged.
+    """
+    trainable = jax.device_get(trainable)
+    save(directory, model, trainable, config)
+    frozen, loaded = load(directory, model)
+    for path, weight in trainable.items():
+        for saved, found in zip(
+            jax.tree.leaves(weight), jax.tree.leaves(loaded[path]), strict=True
+        ):
+            if not np.array_equal(saved, found):
+                raise ValueError(f"{directory}: {path} was not saved as it was trained.")
+    files = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return check(directory, model, frozen, loaded, sets, files)
+
+
+def check_savable(model: models.Pretrained, trainable: Any, config: Config) -> None:
+    """Tries, before a run, what will be saved after it.
+
+    Raises:
+        ValueError: A head would stay as it was drawn, or the format cannot express what trains.
+    """
+    if untrained := [path for path in model.new if path not in trainable]:
+        patterns = sorted({f"{path.partition('/')[0]}/.*" for path in untrained})
+        raise ValueError(
+            f"The checkpoint has no {', '.join(untrained)}: they are drawn at random and would "
+            f"not train. Add {', '.join(patterns)} to lora.train."
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        save(Path(directory) / "adapter", model, jax.device_get(trainable), config)
+
+
+def save(directory: Path, model: models.Pretrained, trainable: Any, config: Config) -> None:
+    """Saves the adapter in PEFT's format, or the trained weights where there is no adapter."""
+    if any(isinstance(weight, lora_jax.LoraFactors) for weight in trainable.values()):
+        peft.save_adapter(directory, trainable, lora_config(config.lora), model, overwrite=True)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(
+        {path: np.ascontiguousarray(weight) for path, weight in trainable.items()},
+        directory / WEIGHTS,
+    )
+
+
+def load(directory: Path, model: models.Pretrained) -> tuple[Any, Any]:
+    """What `save` saved, as ``(frozen, trainable)``."""
+    if not (directory / WEIGHTS).is_file():
+        return peft.load_adapter(directory, model)[:2]
+    loaded = safetensors.numpy.load_file(directory / WEIGHTS)
+    config = lora_jax.LoraConfig(rank=1, alpha=1.0, targets=(), train=tuple(loaded))
+    frozen, _ = lora_jax.split(model.params, config, jax.random.key(0))
+    return frozen, {path: jnp.asarray(weight) for path, weight in loaded.items()}
+
+
+def check(
+    directory: Path, model: models.Pretrained, frozen: Any, trainable: Any, sets: Sets, size: int
+) -> Check:
+    """Compares the base, the adapted and the merged model on a few examples."""
+    rows = np.arange(min(EXAMPLES, len(sets.evaluation.ids)))
+    batch = inputs(collate(sets.evaluation, rows))
+    plain = jax.jit(model.apply)
+    adapted = jax.jit(adapt(model))
+    base = plain(model.params, *batch)
+    logits = adapted(lora_jax.combine(frozen, trainable), *batch)
+    merged = plain(lora_jax.merge(frozen, trainable), *batch)
+    done = Check(
+        size,
+        float(jnp.abs(logits - base).max()),
+        float(jnp.abs(logits - merged).max()),
+        tolerance(model, trainable, logits),
+    )
+    if not done.moved > 0:
+        raise ValueError(f"{directory}: the adapted model gives the base model's logits.")
+    if not done.merge_error <= done.tolerance:
+        raise ValueError(
+            f"{directory}: merged and unmerged logits differ by {done.merge_error:.2e}, more "
+            f"than rounding explains ({done.tolerance:.2e})."
+        )
+    return done
+
+
+def tolerance(model: models.Pretrained, trainable: Any, logits: jax.Array) -> float:
+    """How far rounding alone may move logits when adapters are merged.
+
+    Merging rounds every weight once, to the weight's precision, and sums in another order, in
+    the arithmetic's precision. Independent roundings of the terms of a sum of n move it by about
+    one unit of precision, relatively; sums in another order by about sqrt(n). A unit for each
+    adapted weight, since their errors add up, times the largest logit.
+    """
+    adapted = [leaf for leaf in trainable.values() if isinstance(leaf, lora_jax.LoraFactors)]
+    widest = max((leaf.a.size // leaf.rank for leaf in adapted), default=1)
+    weights = float(jnp.finfo(jax.tree.leaves(model.params)[0].dtype).eps)
+    arithmetic = float(jnp.finfo(model.module.dtype).eps)
+    largest = max(1.0, float(jnp.abs(logits).max()))
+    return max(1, len(adapted)) * (weights + arithmetic * widest**0.5) * largest

@@ -1,0 +1,197 @@
+"""Every setting of a run, typed, with its default and its meaning; defaults live only here.
+
+`config_file.load` reads a YAML file and the command line's overrides into a `Config`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+import lora_jax
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelSection(Section):
+    """Which published model to start from, and how to run it."""
+
+    path: str
+    """A directory with `config.json`, `model.safetensors` and a tokenizer, or a hub name."""
+    task: Literal["sequence-classification"] = "sequence-classification"
+    """What the model is asked to do."""
+    num_labels: Annotated[int, Field(ge=2)] | None = None
+    """How many classes; read from the data where it is left out."""
+    dtype: Dtype = "float32"
+    """The dtype in which the frozen weights are kept."""
+    compute_dtype: Dtype | None = None
+    """The dtype of the arithmetic; that of the weights where it is left out."""
+    new_head: bool = False
+    """Draw a new head even where the checkpoint has one."""
+    scan_layers: bool = False
+    """Whether to compile one layer and scan it: compiles sooner, runs a little slower."""
+
+
+class LoraSection(Section):
+    """Which weights to adapt and which to train in full; patterns as in `lora_jax.LoraConfig`."""
+
+    rank: Count = 8
+    """Inner dimension of every adapter."""
+    alpha: Positive = 16.0
+    """Numerator of the update's scale, `alpha / rank`."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Patterns of the weights to adapt; `[]` for none."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of weights that no target adapts."""
+    rank_pattern: dict[str, Count] = {}
+    """Pattern: rank, for weights that differ."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Pattern: alpha, for weights that differ."""
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(rank)` instead."""
+    dropout: Share = 0.0
+    """Dropout on the input of every adapter, while training."""
+    train: tuple[str, ...] = ("classifier/.*",)
+    """Patterns of the weights to train in full; `[".*"]` with `targets: []` is full fine-tuning."""
+
+    @model_validator(mode="after")
+    def _accepted_by_the_library(self):
+        lora_config(self)
+        return self
+
+
+class DataSection(Section):
+    """What to learn from: local CSV, TSV, JSON, JSONL or Parquet files, or a hub data set."""
+
+    train: str
+    """A file, or a hub data set `owner/name[:subset][@split]` (split `train`)."""
+    validation: str | None = None
+    """A second file or hub data set to evaluate on."""
+    holdout: Annotated[int, Field(ge=0)] = 0
+    """Rows of `train` to hold out and evaluate on, the first after a seeded shuffle."""
+    limit: Count | None = None
+    """Train on this many of the remaining rows; all where it is left out."""
+    text: str | None = None
+    """The column of the text; recognised by its name where it is left out."""
+    text_pair: str | None = None
+    """The column of the second text, for pairs."""
+    label: str | None = None
+    """The column of the label."""
+    columns: tuple[str, ...] | None = None
+    """The names of the columns, for CSV and TSV files without a header."""
+    labels: tuple[str, ...] | None = None
+    """The names of the classes in order; sorted as found where it is left out."""
+    max_length: Annotated[int, Field(ge=4)] = 128
+    """Texts are cut to this many tokens; batches are padded only as far as the data needs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the shuffle that splits rows into held out and trained on."""
+
+    @model_validator(mode="after")
+    def _something_to_evaluate_on(self):
+        if bool(self.validation) == bool(self.holdout):
+            raise ValueError(
+                "give one of `validation` (a second file) and `holdout` (a number of rows)"
+            )
+        if self.text_pair and not self.text:
+            raise ValueError("`text_pair` needs `text` beside it")
+        return self
+
+
+class TrainingSection(Section):
+    """How to train: the length, the optimizer, and what happens on the way."""
+
+    epochs: Positive | None = 3.0
+    """Passes over the training rows."""
+    steps: Count | None = None
+    """The number of steps; where it is given it takes the place of `epochs`."""
+    batch_size: Count = 32
+    """Examples a step, over all devices together."""
+    learning_rate: Positive = 1e-3
+    """The highest learning rate of the schedule."""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """How the learning rate falls to zero after the warm-up."""
+    warmup: NotNegative = 0.06
+    """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
+    weight_decay: NotNegative = 0.01
+    """AdamW's decay; biases and norms are left out."""
+    clip_norm: Positive | None = 1.0
+    """Gradients are scaled down to this global norm; null for never."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the adapters, the new head, the order of the rows and dropout."""
+    evaluate_every: Count | None = None
+    """Steps between evaluations; about once an epoch where it is left out. Also at the end."""
+    save_every: Count | None = None
+    """Steps between checkpoints; at every evaluation where it is left out. Also at the end."""
+    log_every: Count = 10
+    """Steps between two looks at the loss. Every step is logged, in groups of this many."""
+    keep: Count = 1
+    """How many of the latest checkpoints to keep; the best one is kept beside them."""
+    best_metric: Literal["accuracy", "f1", "matthews", "loss"] = "accuracy"
+    """What makes a checkpoint the best: the highest, for `loss` the lowest."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_take_the_place_of_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is not None:
+            return {**values, "epochs": None}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.epochs is None and self.steps is None:
+            raise ValueError("give `epochs` or `steps`")
+        return self
+
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("below 1 it is a share of all steps, from 1 on a whole number of them")
+        return value
+
+
+class OutputSection(Section):
+    """What the run leaves behind, and where."""
+
+    directory: str
+    """The run's directory: config, metrics, checkpoints, adapter and report."""
+    on_existing: Literal["error", "resume", "overwrite"] = "error"
+    """What to do if the directory holds a run; `--resume` and `--overwrite` say it as well."""
+    weights: Literal["last", "best"] = "last"
+    """Which checkpoint becomes the adapter. The best is chosen on the rows it is reported on."""
+
+
+class Config(Section):
+    """A run's settings, section by section."""
+
+    model: ModelSection
+    lora: LoraSection = Field(default_factory=LoraSection)
+    data: DataSection
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    output: OutputSection
+
+
+def lora_config(section: LoraSection) -> lora_jax.LoraConfig:
+    """The library's own config; raises its ValueErrors."""
+    return lora_jax.LoraConfig(**section.model_dump())
+
+
+PATHS = (("model", "path"), ("data", "train"), ("data", "validation"), ("output", "directory"))
+"""The settings that name a file or directory."""

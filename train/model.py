@@ -1,0 +1,121 @@
+"""The model with its adapters: loaded, split, and made into a train step and an eval step."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lora_jax
+from lora_jax import models, training
+
+from .config import Config, lora_config
+
+Key = jax.Array
+
+
+class Keys(NamedTuple):
+    """The run's randomness, one key for each use, all from `training.seed`."""
+
+    head: Key
+    adapters: Key
+    steps: Key
+
+
+def run_keys(seed: int) -> Keys:
+    """The keys of a run."""
+    return Keys(*jax.random.split(jax.random.key(seed), 3))
+
+
+def load_model(config: Config, num_labels: int, *, abstract: bool = False) -> models.Pretrained:
+    """Loads the model that the config names; a head that it lacks is drawn from the run's seed.
+
+    Args:
+        config: The run's config.
+        num_labels: How many classes the data has.
+        abstract: Give shapes for weights, and read no weights.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or does not fit the config or the data.
+    """
+    section = config.model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", models.NewHeadWarning)  # the console says it: `model.new`
+        model = models.from_pretrained(
+            section.path,
+            task=section.task,
+            num_labels=num_labels,
+            dtype=jnp.dtype(section.dtype),
+            compute_dtype=section.compute_dtype and jnp.dtype(section.compute_dtype),
+            scan_layers=section.scan_layers,
+            new_head=section.new_head or None,
+            key=run_keys(config.training.seed).head,
+            abstract=abstract,
+        )
+    if model.config.max_length < config.data.max_length:
+        raise ValueError(
+            f"`data.max_length` is {config.data.max_length}, and the model has positions for "
+            f"{model.config.max_length} tokens: set it to that at most."
+        )
+    return model
+
+
+def split_model(model: models.Pretrained, config: Config) -> tuple[Any, Any]:
+    """The model's weights as ``(frozen, trainable)``; shapes if the model's are shapes."""
+    key = run_keys(config.training.seed).adapters
+    adapters, layouts = lora_config(config.lora), weight_layouts(model)
+    if isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(
+            lambda params: lora_jax.split(params, adapters, key, layouts=layouts), model.params
+        )
+    return lora_jax.split(model.params, adapters, key, layouts=layouts)
+
+
+def weight_layouts(model: models.Pretrained) -> Any:
+    """Which axes of each weight are in, out and stacked, read from the model itself."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return lora_jax.layouts(model.apply, model.params, tokens, tokens, tokens)
+
+
+def summarise(model: models.Pretrained, config: Config) -> Any:
+    """The table of weights that train."""
+    return lora_jax.summary(model.params, lora_config(config.lora), layouts=weight_layouts(model))
+
+
+def make_train_step(
+    model: models.Pretrained, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Any:
+    """The jitted train step of a classifier: `(state, frozen, batch) -> (state, metrics)`."""
+    adapted = adapt(model)
+
+    def loss_fn(trainable: Any, frozen: Any, batch: Any, keys: training.StepKeys) -> jax.Array:
+        params = lora_jax.combine(frozen, trainable, dropout_key=keys.lora)
+        logits = adapted(params, *inputs(batch), dropout_key=keys.model)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return losses.mean()
+
+    return training.make_train_step(loss_fn, tx, mesh)
+
+
+def make_eval_step(model: models.Pretrained, mesh: jax.sharding.Mesh) -> Any:
+    """The jitted eval step of a classifier: `(trainable, frozen, batch) -> logits`."""
+    adapted = adapt(model)
+
+    def logits_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        return adapted(lora_jax.combine(frozen, trainable), *inputs(batch))
+
+    return training.make_eval_step(logits_fn, mesh)
+
+
+def adapt(model: models.Pretrained) -> Any:
+    """The model's own `apply`, lifted to adapted weights.
+
+    It would raise rather than form `w + a @ b` anywhere.
+    """
+    return lora_jax.adapt(model.apply, on_materialize="error")
+
+
+def inputs(batch: Any) -> tuple[Any, Any, Any]:
+    """A batch as the model's positional arguments."""
+    return batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")

@@ -1,0 +1,118 @@
+"""A run's directory: what may be there before, and the plain files that the run writes into it.
+
+config.yaml     every setting, defaults included; can be run again as it is
+metrics.jsonl   a line for each step and each evaluation
+checkpoints/    the trainable state: the latest and the best
+adapter/        what was trained, for PEFT, vLLM and lora_jax
+result.json     the figures of the finished run
+curves.png      loss, learning rate and metrics over steps
+report.html     all of it on one page
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .config_file import to_yaml
+
+CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+CHECKPOINTS, ADAPTER, CURVES, REPORT = "checkpoints", "adapter", "curves.png", "report.html"
+
+
+def check_directory(config: Config) -> bool:
+    """Decides what happens to an output directory, before anything is written or deleted.
+
+    Returns:
+        Whether there is a run to resume.
+
+    Raises:
+        ValueError: It is in use and the config does not say what to do, or it holds something
+            that is not a run and may therefore not be replaced.
+    """
+    directory, choice = Path(config.output.directory), config.output.on_existing
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`output.directory` {directory} is a file.")
+    if not directory.exists() or not any(directory.iterdir()):
+        return False
+    if choice == "error":
+        raise ValueError(
+            f"{directory} is not empty. Add --resume to go on with the run in it, --overwrite "
+            f"to replace it, or give a new name: output.directory={_free_name(directory)}"
+        )
+    if not (directory / CONFIG).is_file():
+        raise ValueError(
+            f"{directory} holds files but no {CONFIG}, so it is not a run: it is left as it is. "
+            f"Give a new name: output.directory={_free_name(directory)}"
+        )
+    return choice == "resume"
+
+
+def start_directory(config: Config, resume: bool) -> Path:
+    """Makes the directory; what an older run left is removed, unless it is resumed."""
+    directory = Path(config.output.directory)
+    if not resume:
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+        write_config(config)
+    return directory
+
+
+def write_config(config: Config) -> None:
+    """Writes the resolved config."""
+    directory = Path(config.output.directory)
+    write_text(directory / CONFIG, to_yaml(config, directory))
+
+
+def append_rows(directory: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds lines to the metrics; they are on disk when this returns."""
+    with (directory / METRICS).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+    """The metrics so far; a last line that a crash cut short is left out."""
+    path = directory / METRICS
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def cut_rows(directory: Path, step: int) -> None:
+    """Drops the lines after a step, which a resumed run is about to write again."""
+    rows = [row for row in read_rows(directory) if row["step"] <= step]
+    write_text(directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes JSON, whole or not at all."""
+    write_text(path, json.dumps(_finite(values), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not finite: it is written as a string."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _free_name(directory: Path) -> str:
+    number = 2
+    while (name := directory.with_name(f"{directory.name}-{number}")).exists():
+        number += 1
+    return os.path.relpath(name)
