@@ -16,7 +16,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
 
-
 # Two float64 evaluations of a few chained products of at most 2^10 terms: 2^-52 * 2^10 * 2^5.
 ROUNDING = 1e-11
 

@@ -109,8 +109,8 @@ def padded_lengths(longest: int, max_length: int) -> tuple[int, ...]:
     return tuple(sorted({min(top, step * part) for part in range(1, 5)}))
 
 
-def training_batches(encoded: Encoded, batch_size: int, seed: int) -> grain.MapDataset:
-    """An endless sequence of batches, ``batches[step]``, each epoch in an order of its own.
+def training_batches(encoded: Encoded, batch_size: int, seed: int) -> Any:
+    """A `grain.MapDataset` without end, ``batches[step]``, each epoch in an order of its own.
 
     A batch may hold the end of one epoch and the start of the next, so no row is left out.
     """

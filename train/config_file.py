@@ -137,8 +137,9 @@ def _message(detail: Any, path: KeyPath) -> str:
         return f"is required: {_meaning(path)}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
+    if kind == "model_type":
+        return f"is a section: write its keys below it, indented, not {value!r}"
     message = message.replace("Input should be", "must be").replace("tuple", "list")
-    message = message.replace("dictionary or instance", "mapping of keys, not a value: one")
     found = f"{type(value).__name__} {value!r}".replace("tuple", "list", 1)
     hint = _nearest(value, str(detail.get("ctx", {}).get("expected", "")).split("'")[1::2])
     return f"{message[0].lower()}{message[1:]}, got {found}{hint}"
@@ -146,7 +147,8 @@ def _message(detail: Any, path: KeyPath) -> str:
 
 def _unknown_key(path: KeyPath) -> str:
     """Names the nearest key of the section, else the section where the key belongs."""
-    sections = {name: list(field.annotation.model_fields) for name, field in _sections()}
+    fields: Any = Config.model_fields
+    sections = {name: list(field.annotation.model_fields) for name, field in fields.items()}
     known = list(sections) if len(path) == 1 else sections.get(path[0], [])
     if hint := _nearest(path[-1], known, prefix=path[:-1]):
         return f"unknown key{hint}"
@@ -156,16 +158,12 @@ def _unknown_key(path: KeyPath) -> str:
     return f"unknown key; known here: {', '.join(known)}"
 
 
-def _sections() -> Iterator[tuple[str, Any]]:
-    yield from Config.model_fields.items()
-
-
 def _meaning(path: KeyPath) -> str:
-    field: Any = Config.model_fields[path[0]]
-    if len(path) > 1:
-        field = field.annotation.model_fields[path[1]]
-        return field.description
-    return f"the section {path[0]!r}, with {', '.join(field.annotation.model_fields)}"
+    section, *keys = path
+    fields = Config.model_fields[section].annotation.model_fields  # pyright: ignore
+    if keys:
+        return fields[keys[0]].description
+    return f"the section {section!r}, with {', '.join(fields)}"
 
 
 def _nearest(word: Any, known: Sequence[str], prefix: KeyPath = ()) -> str:

@@ -76,7 +76,7 @@ class Console:
             rich.progress.TextColumn("{task.fields[left]} left"),
         )
         with rich.progress.Progress(*columns, console=self.out) as self._bar:
-            empty = {"loss": "-", "rate": "-", "speed": "-", "left": "-:--"}
+            empty: dict[str, Any] = {"loss": "-", "rate": "-", "speed": "-", "left": "-:--"}
             self._task = self._bar.add_task("training", total=steps, completed=start, **empty)
             yield
         self._bar = None
@@ -92,7 +92,7 @@ class Console:
         seconds_left: float,
     ) -> None:
         """Shows where the run is."""
-        figures = {
+        figures: dict[str, Any] = {
             "loss": f"{loss:.4f}",
             "rate": f"{learning_rate:.2e}",
             "speed": f"{tokens_per_second:,.0f}",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import pandas
+from datasets.exceptions import DatasetGenerationError
 
 from .config import DataSection
 
@@ -43,7 +44,12 @@ class Examples(NamedTuple):
 
     def take(self, rows: Sequence[int]) -> "Examples":
         """The examples at these positions, in this order."""
-        return Examples(*(column and [column[row] for row in rows] for column in self))
+        texts, pairs, labels = self
+        return Examples(
+            [texts[row] for row in rows],
+            pairs and [pairs[row] for row in rows],
+            [labels[row] for row in rows],
+        )
 
 
 class Data(NamedTuple):
@@ -171,7 +177,7 @@ def _read_file(path: Path, section: DataSection) -> Any:
             # Where the first row is longer than the header, pandas warns and drops a column.
             warnings.simplefilter("error", pandas.errors.ParserWarning)
             return readers[path.suffix.lower()](cache_dir=cache, keep_in_memory=True)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except DatasetGenerationError as error:
         reason: Any = error.__cause__ or error
         if isinstance(reason, pandas.errors.ParserWarning):
             reason = "its rows have more cells than its header has names"

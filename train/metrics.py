@@ -24,12 +24,14 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     shifted = logits - logits.max(axis=1, keepdims=True)
     chosen = shifted[np.arange(len(labels)), labels]
     losses = np.log(np.exp(shifted).sum(axis=1)) - chosen
+    never: Any = 0  # the score of a class that is never predicted
+    f1 = sklearn.metrics.f1_score(labels, predicted, average=average, zero_division=never)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of labels that are all the same
         matthews = sklearn.metrics.matthews_corrcoef(labels, predicted)
     return {
         "accuracy": float(sklearn.metrics.accuracy_score(labels, predicted)),
-        "f1": float(sklearn.metrics.f1_score(labels, predicted, average=average, zero_division=0)),
+        "f1": float(f1),
         "matthews": float(matthews),
         "loss": float(losses.mean()),
     }

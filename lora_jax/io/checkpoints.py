@@ -6,14 +6,12 @@ path -> array, so that what is in a checkpoint can be read without the code that
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
-
-State = TypeVar("State")
 
 
 class Restored(NamedTuple):
@@ -86,7 +84,7 @@ def save(
     )
 
 
-def restore(checkpoints: ocp.CheckpointManager, like: State, step: int | None = None) -> Restored:
+def restore(checkpoints: ocp.CheckpointManager, like: Any, step: int | None = None) -> Restored:
     """Restores a checkpoint, bit for bit.
 
     Args:

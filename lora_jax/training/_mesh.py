@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Tree = TypeVar("Tree")
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices (or of those given) with the one axis ``"data"``.
 
     The axis is ``Auto``: XLA places what happens between the inputs and the outputs.

@@ -68,11 +68,8 @@ def write_tokenizer(directory):
     tokenizer.save(str(directory / "tokenizer.json"))
     names = ("pad", "unk", "cls", "sep", "mask")
     special = {f"{name}_token": word for name, word in zip(names, SPECIAL, strict=True)}
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS, **special}
-        )
-    )
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS}
+    (directory / "tokenizer_config.json").write_text(json.dumps({**kind, **special}))
 
 
 def sentence(source, words):

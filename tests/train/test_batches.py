@@ -113,5 +113,5 @@ def test_texts_become_tokens(model_directory, pairs, limit, ids, types, cut):
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="has no tokenizer: none of tokenizer.json"):
+    with pytest.raises(ValueError, match="has no tokenizer: none of"):
         batches.load_tokenizer(str(tmp_path))

@@ -149,7 +149,7 @@ trainng:
         pytest.param("a: [", "run.yaml:1: not valid YAML", id="not-yaml"),
         pytest.param("a: &a [*a]", "run.yaml: not valid YAML", id="endless"),
         pytest.param("a: !!python/name:os.system", "not valid YAML", id="a-python-name"),
-        pytest.param(GOOD + "lora: 3", "run.yaml:8: lora: must be a valid", id="no-section"),
+        pytest.param(GOOD + "lora: 3", "run.yaml:8: lora: is a section", id="no-section"),
         pytest.param(GOOD + "lora: {rank: true}", "lora.rank: must be a valid int", id="bool"),
         pytest.param(GOOD + "lora: {rank: 0}", "lora.rank: must be greater", id="range"),
         pytest.param(GOOD + "lora: {targets: ['(']}", "lora: `targets` holds '('", id="regex"),

@@ -211,7 +211,7 @@ def test_labels_beyond_the_model_are_refused(tmp_path, num_labels, message):
 
 
 def test_nothing_is_left_in_a_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     data.load_data(section(file_of(tmp_path, "csv")))
     assert not (tmp_path / "cache").exists()
 

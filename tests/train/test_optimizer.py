@@ -1,5 +1,7 @@
 """The optimizer: the schedule's shape, and what decays."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from train.config import TrainingSection
 def rates(steps, **settings):
     section = TrainingSection(learning_rate=1.0, **settings)
     schedule = optimizer.learning_rate_schedule(section, steps)
-    return [float(schedule(step)) for step in range(steps)]
+    return [np.asarray(schedule(step)).item() for step in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_weight_decay_alone_shrinks_only_what_decays():
     section = TrainingSection(weight_decay=0.5, learning_rate=0.1, warmup=0.0, schedule="constant")
     tx = optimizer.make_optimizer(section, 10)
     weights = {"head/kernel": jnp.ones((2, 2)), "head/bias": jnp.ones(2)}
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)
+    updates: Any = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)[0]
     np.testing.assert_allclose(updates["head/kernel"], -0.05 * np.ones((2, 2)), rtol=1e-6)
     np.testing.assert_array_equal(updates["head/bias"], np.zeros(2))
 
