@@ -50,6 +50,8 @@ class Encoded(NamedTuple):
         return sum(map(len, self.ids))
 
 
+GROUP = 8  # batches whose rows are dealt out together where texts of like length meet
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
@@ -109,14 +111,35 @@ def padded_lengths(longest: int, max_length: int) -> tuple[int, ...]:
     return tuple(sorted({min(top, step * part) for part in range(1, 5)}))
 
 
-def training_batches(encoded: Encoded, batch_size: int, seed: int) -> Any:
+def training_batches(
+    encoded: Encoded, batch_size: int, seed: int, *, group_by_length: bool = False
+) -> Any:
     """A `grain.MapDataset` without end, ``batches[step]``, each epoch in an order of its own.
 
     A batch may hold the end of one epoch and the start of the next, so no row is left out.
+
+    Args:
+        encoded: The examples.
+        batch_size: Rows of a batch.
+        seed: Seed of the order.
+        group_by_length: Put texts of like length into one batch, so that there is less padding:
+            the rows of every `GROUP` batches are dealt out anew by length, and these batches
+            come in a random order. It pads to four lengths, otherwise to two.
     """
-    few = encoded._replace(lengths=encoded.lengths[::-2][::-1])
     rows = grain.MapDataset.range(len(encoded.ids)).shuffle(seed=seed).repeat()
+    if group_by_length:
+        groups = rows.batch(GROUP * batch_size).map(lambda group: by_length(encoded, group))
+        order = grain.MapDataset.range(GROUP).shuffle(seed=seed).repeat()
+        steps = grain.MapDataset.range(len(order))
+        return steps.map(lambda step: collate(encoded, groups[step // GROUP][order[step]]))
+    few = encoded._replace(lengths=encoded.lengths[::-2][::-1])
     return rows.batch(batch_size).map(lambda batch: collate(few, batch))
+
+
+def by_length(encoded: Encoded, rows: np.ndarray) -> np.ndarray:
+    """Deals the rows of some batches out by length: ``(GROUP, batch_size)``, shortest first."""
+    lengths = [len(encoded.ids[row]) for row in rows]
+    return rows[np.argsort(lengths, kind="stable")].reshape(GROUP, -1)
 
 
 def evaluation_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:

@@ -121,6 +121,8 @@ class TrainingSection(Section):
     """The number of steps; where it is given it takes the place of `epochs`."""
     batch_size: Count = 32
     """Examples a step, over all devices together."""
+    group_by_length: bool = False
+    """Put texts of like length into one batch: less padding, an order that is less random."""
     learning_rate: Positive = 1e-3
     """The highest learning rate of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"

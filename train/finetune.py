@@ -172,7 +172,12 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
 def train(run: Run, state: training.TrainState) -> training.TrainState:
     """The loop: a step, and now and then a look at the loss, an evaluation, a checkpoint."""
     section, plan = run.config.training, run.plan
-    batches = training_batches(run.sets.train, section.batch_size, section.seed)
+    batches = training_batches(
+        run.sets.train,
+        section.batch_size,
+        section.seed,
+        group_by_length=section.group_by_length,
+    )
     schedule = learning_rate_schedule(section, plan.steps)
     rates = jax.device_get(jax.vmap(schedule)(np.arange(plan.steps)))
     first, pending, since = int(state.step) + 1, [], clock(run.console)

@@ -26,10 +26,30 @@ def test_every_row_is_seen_once_an_epoch_in_another_order():
     assert len({tuple(epoch) for epoch in seen.tolist()}) == 4
 
 
+def test_grouping_by_length_deals_the_same_rows_out_with_less_padding():
+    examples = encoded(list(range(1, 65)) * 2)
+    plain, grouped = (
+        batches.training_batches(examples, batch_size=4, seed=1, group_by_length=group)
+        for group in (False, True)
+    )
+    steps = range(batches.GROUP * 4)  # one epoch of 128 rows
+    for sequence in (plain, grouped):
+        seen = np.concatenate([sequence[step]["labels"] for step in steps])
+        assert sorted(seen) == list(range(128))
+    padded = [sum(seq[step]["input_ids"].size for step in steps) for seq in (plain, grouped)]
+    assert padded[1] < 0.75 * padded[0]
+    widths = [grouped[step]["input_ids"].shape[1] for step in steps]
+    assert widths[: batches.GROUP] != sorted(widths[: batches.GROUP])
+
+
+@pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("step", [0, 7, 100_000])
-def test_a_batch_follows_from_its_step_alone(step):
+def test_a_batch_follows_from_its_step_alone(step, group):
     first, second = (
-        batches.training_batches(encoded(range(1, 31)), batch_size=4, seed=5) for _ in range(2)
+        batches.training_batches(
+            encoded(range(1, 31)), batch_size=4, seed=5, group_by_length=group
+        )
+        for _ in range(2)
     )
     first[step + 1]
     for name, array in second[step].items():
