@@ -73,15 +73,20 @@ def _reshape(eqn, shape, operands):
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
     """Cuts a reshape into the smallest blocks of axes with equal products.
 
-    Axes of size 1 carry nothing, so a block's sources leave them out unless they are all it has.
+    Axes of size 1 carry nothing: a block's sources leave them out unless they are all it has, and
+    a new one is a block without sources.
 
     >>> _blocks((4, 6, 5), (4, 2, 3, 5))
     [((0,), [4]), ((1,), [2, 3]), ((2,), [5])]
-    >>> _blocks((4, 1, 5), (20,))
-    [((0, 2), [20])]
+    >>> _blocks((4, 1, 5), (1, 20))
+    [((), [1]), ((0, 2), [20])]
     """
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
+        if j < len(new) and new[j] == 1 and (i == len(old) or old[i] != 1):
+            blocks.append(((), [1]))
+            j += 1
+            continue
         rows, sizes = [], []
         while not (rows or sizes) or _product(old, rows) != math.prod(sizes):
             if j == len(new) or (i < len(old) and _product(old, rows) <= math.prod(sizes)):
@@ -171,7 +176,7 @@ def _rev(eqn, shape, operands):
 
 def _all_gather(eqn, shape, operands):
     axis = eqn.params["all_gather_dimension"]
-    if not eqn.params["tiled"]:
+    if not eqn.params["tiled"] or eqn.params["axis_index_groups"] is not None:
         return None
 
     def apply(part, owned):

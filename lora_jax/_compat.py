@@ -40,10 +40,10 @@ def equation_context(eqn: Any):
         yield
 
 
-def source_line(eqn: Any) -> str:
-    """``file:line`` of the user's own code that made the equation."""
+def source_line(eqn: Any) -> tuple[str, int] | None:
+    """File and line of the user's own code that made the equation; None if JAX's own did."""
     frame = source_info_util.user_frame(eqn.source_info.traceback)
-    return f"{frame.file_name}:{frame.start_line}" if frame else "an unknown line"
+    return (frame.file_name, frame.start_line) if frame else None
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, cast, get_args
@@ -32,8 +33,8 @@ class LoraConfig:
             the mapping's order wins.
         alpha_pattern: Pattern -> alpha, likewise.
         use_rslora: Scale by ``alpha / sqrt(rank)`` (arXiv 2312.03732) in place of ``alpha / rank``.
-        dropout: Probability of dropping an entry of the input of ``a``, in ``[0, 1)``. Active only
-            where `combine` is given a key.
+        dropout: Probability of dropping an entry of a product's input before it meets the
+            factors, in ``[0, 1)``. Active only where `combine` is given a key.
         train: Patterns of the weights to train in full: heads, biases, norms.
         layouts: Pattern -> what each axis does, as ``"in out"`` or ``"stack in out"``, for the
             weights whose layout is neither measured by `layouts` nor plain ``(in, out)``.
@@ -60,12 +61,12 @@ class LoraConfig:
             object.__setattr__(self, field, dict(getattr(self, field)))
             _patterns(field, getattr(self, field))
         for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not (alpha > 0 and math.isfinite(alpha)):
+            if not (_is_number(alpha) and alpha > 0 and math.isfinite(alpha)):
                 raise ValueError(f"`alpha` must be positive and finite, got {alpha!r}.")
-        if not 0 <= self.dropout < 1:
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout!r}.")
         if not self.targets and not self.train:
             raise ValueError("Nothing would train: give `targets` to adapt or weights to `train`.")
@@ -92,13 +93,17 @@ def parse_layout(layout: str | Iterable[str]) -> Layout:
     return cast(Layout, words)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _patterns(field: str, patterns: str | Iterable[str]) -> tuple[str, ...]:
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
             raise ValueError(f"`{field}` holds {pattern!r}; a pattern is a non-empty string.")
         try:
-            re.compile(pattern)
+            re.compile(f"(?:{pattern})")  # as it will be matched, inside a longer one
         except re.error as error:
             raise ValueError(
                 f"`{field}` holds {pattern!r}, which is not a regular expression: {error}."

@@ -5,6 +5,7 @@ out of its carry; a rematerialised body stays rematerialised, with its policy; `
 the factors the weight's own specs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def _enter_jit(walk: "Walk", eqn: Any, inputs: list[Any]) -> list[Any]:
     return [_constrain(v, s) for v, s in zip(outputs, params["out_shardings"], strict=True)]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _jitted(walk: "Walk", jaxpr: Any, name: str) -> Callable[..., list[Any]]:
     """One jitted function for an inner jit, so that its calls share a trace and a compilation."""
     body = _body(walk, jaxpr)
@@ -141,7 +142,9 @@ def _enter_cond(walk: "Walk", eqn: Any, inputs: list[Any]) -> list[Any] | None:
 
 def _enter_shard_map(walk: "Walk", eqn: Any, inputs: list[Any]) -> list[Any]:
     params = eqn.params
-    specs = [_specs(value, spec) for value, spec in zip(inputs, params["in_specs"], strict=True)]
+    pairs = list(zip(inputs, params["in_specs"], strict=True))
+    inputs = [_spread(value, spec) for value, spec in pairs]
+    specs = [_specs(value, spec) for value, (_, spec) in zip(inputs, pairs, strict=True)]
     return jax.shard_map(
         _plain_body(walk, params["jaxpr"], eqn),
         mesh=params["mesh"],
@@ -156,16 +159,32 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
     """The specs of a tracked weight: each part takes the weight's spec on the axes it owns."""
     if not isinstance(value, Tracked):
         return spec
-    entries = [*spec, *[None] * (value.w.ndim - len(spec))]
     parts = [
-        None
-        if part is None
-        else PartitionSpec(
-            *(e if own else None for e, own in zip(entries, value.owned(i), strict=True))
-        )
+        None if part is None else PartitionSpec(*_part_entries(value, i, spec))
         for i, part in enumerate(value.parts)
     ]
     return value.rebuild(spec, parts, value.labels)
+
+
+def _spread(value: Any, spec: PartitionSpec) -> Any:
+    """The value, knowing the mesh axes over which its parts are about to be sharded."""
+    if not isinstance(value, Tracked):
+        return value
+    spread = tuple(
+        frozenset(
+            name
+            for entry in _part_entries(value, i, spec)
+            for name in (entry if isinstance(entry, tuple) else (entry,))
+            if name is not None
+        )
+        for i in range(len(value.parts))
+    )
+    return dataclasses.replace(value, spread=spread)
+
+
+def _part_entries(value: Tracked, part: int, spec: PartitionSpec) -> list[Any]:
+    entries = [*spec, *[None] * (value.w.ndim - len(spec))]
+    return [e if own else None for e, own in zip(entries, value.owned(part), strict=True)]
 
 
 def _enter_barrier(walk: "Walk", eqn: Any, inputs: list[Any]) -> list[Any]:
@@ -198,6 +217,7 @@ _ENTER: dict[str, Callable[["Walk", Any, list[Any]], list[Any] | None]] = {
     "jit": _enter_jit,
     "pjit": _enter_jit,
     "closed_call": _enter_call,
+    "eval_jaxpr": _enter_call,
     "core_call": _enter_call,
     "remat2": _enter_remat,
     "checkpoint": _enter_remat,

@@ -1,11 +1,9 @@
 """The factored weight ``w + scale * a @ b``, and what each primitive does to it.
 
 The law of every rule: materialising after the rule equals the primitive after materialising.
-Primitives that rearrange a weight keep it factored (`_axes`); those below scale it or spend it:
-
-    x @ (w + scale * a @ b)   ->   x @ w + (x @ a) @ (scale * b)
-
-A primitive without a rule makes the walk materialise the weight, which is never silent.
+Primitives that rearrange a weight keep it factored (`_axes`), and so do casts and scalings (here);
+products spend it (`_products`). A primitive without a rule makes the walk materialise the weight,
+which is never silent.
 """
 
 import dataclasses
@@ -21,8 +19,8 @@ from ._contract import contract
 from ._tracked import Step, Tracked
 from ._weights import LoraWeight
 
-_RANK = "rank"
-_REPEATED = ""
+RANK = "rank"
+REPEATED = ""
 _A_AXES, _B_AXES, _KEY_AXES = ("stack", "in"), ("stack", "out"), ("stack",)
 
 
@@ -44,6 +42,9 @@ class Factored(Tracked):
     w: Any
     labels: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
+    spread: tuple[frozenset[str], ...] = dataclasses.field(
+        default=(), kw_only=True, metadata={"static": True}
+    )
     a: Any
     b: Any
     keys: Any
@@ -65,12 +66,23 @@ class Factored(Tracked):
         return dataclasses.replace(self, w=w, a=a, b=b, keys=keys, labels=labels)
 
     def join(self, labels: Sequence[Hashable]) -> Hashable | None:
-        kinds = set(labels) or {_REPEATED}
+        kinds = set(labels) or {REPEATED}
         return kinds.pop() if len(kinds) == 1 else None
 
     def materialize(self) -> jax.Array:
-        update = self.scale * jnp.sum(self.a * self.b, -1)
+        (a, a_axes), (b, b_axes) = self.compact(0), self.compact(1)
+        made = [axis for axis in range(self.w.ndim) if axis in a_axes or axis in b_axes]
+        b = self.scale * b
+        update = contract(a, a_axes, b, b_axes, made, precision=lax.Precision.HIGHEST)
+        update = lax.expand_dims(update, [n for n in range(self.w.ndim) if n not in made])
         return (self.w.astype(update.dtype) + update).astype(self.w.dtype)
+
+    def compact(self, part: int) -> tuple[jax.Array, list[Hashable]]:
+        """A factor without the axes that it does not vary along, and names of those it keeps."""
+        owned, array = self.owned(part), self.parts[part]
+        axes: list[Hashable] = [axis for axis, own in enumerate(owned) if own]
+        lone = [axis for axis, own in enumerate(owned) if not own]
+        return (lax.squeeze(array, lone) if lone else array), [*axes, RANK]
 
 
 def factor(weight: LoraWeight) -> Factored:
@@ -107,9 +119,6 @@ def _lay_out(
     return lax.expand_dims(part, missing)
 
 
-# --- rules that keep the weight factored ---------------------------------------------------------
-
-
 def _convert(weight: Factored, step: Step) -> list[Any] | None:
     """A cast between floats: the factors keep their precision until they are spent."""
     if not jnp.issubdtype(step.eqn.params["new_dtype"], jnp.floating):
@@ -124,6 +133,8 @@ def _scale(weight: Factored, step: Step) -> list[Any] | None:
     if step.eqn.primitive.name == "div" and step.position == 1:
         return None
     factor = step.unbroadcast(1 - step.position)
+    if weight.w.shape != step.eqn.outvars[0].aval.shape:
+        return None
     if factor is None or not jnp.issubdtype(factor.dtype, jnp.floating):
         return None
     operate: Callable[..., Any] = lax.mul if step.eqn.primitive.name == "mul" else lax.div
@@ -138,208 +149,4 @@ def _scale(weight: Factored, step: Step) -> list[Any] | None:
     return None
 
 
-# --- rules that spend the weight -----------------------------------------------------------------
-
-
-def _dot_general(weight: Factored, step: Step) -> list[Any] | None:
-    contracting, batch = step.eqn.params["dimension_numbers"]
-    me, other = step.position, 1 - step.position
-    x = step.operands[other]
-    x_axes: list[Hashable] = [f"x{axis}" for axis in range(x.ndim)]
-    for mine, theirs in (*zip(contracting[me], contracting[other], strict=True),
-                         *zip(batch[me], batch[other], strict=True)):  # fmt: skip
-        x_axes[theirs] = mine
-    spent = contracting[me]
-    ahead = list(batch[me])
-    frees = {
-        me: [axis for axis in range(weight.w.ndim) if axis not in (*spent, *ahead)],
-        other: [axis for axis in x_axes if isinstance(axis, str)],
-    }
-    out_axes = [*ahead, *frees[0], *frees[1]]
-    order = _order(weight, spent)
-    if order is None:
-        return None
-    base = step.bind(weight.w)[0]
-    update = _low_rank(weight, step, _dropped(weight, step, x), x_axes, out_axes, order, base)
-    return [base + update]
-
-
-def _order(weight: Factored, spent: Sequence[int]) -> tuple[int, int] | None:
-    """Which factor meets the input first: the one that shrinks it most."""
-    sizes = {"in": 1, "out": 1}
-    for axis in spent:
-        if (label := weight.labels[axis]) in sizes:
-            sizes[str(label)] *= weight.w.shape[axis]
-    touched = [weight.labels[axis] for axis in spent]
-    if "in" not in touched and "out" not in touched:
-        return None
-    first_is_a = "in" in touched and sizes["in"] >= sizes["out"]
-    return (0, 1) if first_is_a else (1, 0)
-
-
-def _low_rank(
-    weight: Factored,
-    step: Step,
-    x: jax.Array,
-    x_axes: list[Hashable],
-    out_axes: list[Hashable],
-    order: tuple[int, int],
-    base: jax.Array,
-) -> jax.Array:
-    """``(x @ first) @ (scale * second)``, laid out as ``base`` and of its dtype."""
-    (first, first_axes), (second, second_axes) = (_compact(weight, part) for part in order)
-    precision = step.eqn.params["precision"]
-    wanted = {*second_axes, *out_axes}
-    t_axes = [axis for axis in dict.fromkeys((*x_axes, *first_axes)) if axis in wanted]
-    dtype = weight.w.dtype
-    t = contract(x, x_axes, first.astype(dtype), first_axes, t_axes, precision=precision)
-    second = (weight.scale * second).astype(dtype)
-    made = [axis for axis in out_axes if axis in t_axes or axis in second_axes]
-    update = contract(
-        t.astype(dtype), t_axes, second, second_axes, made, precision=precision, dtype=base.dtype
-    )
-    places = [place for place, axis in enumerate(out_axes) if axis in made]
-    return update if made == out_axes else lax.broadcast_in_dim(update, base.shape, places)
-
-
-def _compact(weight: Factored, part: int) -> tuple[jax.Array, list[Hashable]]:
-    """A factor without the axes that it does not vary along, and the names of those it keeps."""
-    owned = weight.owned(part)
-    array = weight.parts[part]
-    axes: list[Hashable] = [axis for axis, own in enumerate(owned) if own]
-    lone = [axis for axis, own in enumerate(owned) if not own]
-    return (lax.squeeze(array, lone) if lone else array), [*axes, _RANK]
-
-
-def _dropped(weight: Factored, step: Step, x: jax.Array) -> jax.Array:
-    """The input of ``a`` under dropout: kept entries grow by ``1 / (1 - dropout)``."""
-    if weight.keys is None:
-        return x
-    key = jax.random.fold_in(weight.keys.reshape(-1)[0], step.index)
-    keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
-    return jnp.where(keep, x / (1 - weight.dropout), jnp.zeros_like(x))
-
-
-def _ragged_dot(weight: Factored, step: Step) -> list[Any] | None:
-    """Experts: rows of ``x`` in groups, ``w: (experts, in, out)``, own factors for each expert."""
-    numbers = step.eqn.params["ragged_dot_dimension_numbers"]
-    plain = (((1,), (1,)), ((), ()))
-    dims = tuple(tuple(map(tuple, pair)) for pair in numbers.dot_dimension_numbers)
-    is_plain = dims == plain and tuple(numbers.lhs_ragged_dimensions) == (0,)
-    ins, outs = weight.labels[1], weight.labels[2]
-    if step.position != 1 or not is_plain or {ins, outs} != {"in", "out"}:
-        return None
-    x, _, group_sizes = step.operands
-    order = (0, 1) if ins == "in" else (1, 0)
-    (first, _), (second, _) = (_compact(weight, part) for part in order)
-    precision = step.eqn.params["precision"]
-    base = step.bind(weight.w)[0]
-    dtype = weight.w.dtype
-    second = jnp.moveaxis(weight.scale * second, -1, 1).astype(dtype)
-    x = _dropped(weight, step, x)
-    t = lax.ragged_dot(x, first.astype(dtype), group_sizes, precision=precision).astype(dtype)
-    update = lax.ragged_dot(
-        t, second, group_sizes, precision=precision, preferred_element_type=base.dtype
-    )
-    return [base + update]
-
-
-def _conv(weight: Factored, step: Step) -> list[Any] | None:
-    """``conv(x, w) + conv(x, a) @ b``: ``a`` is a kernel with rank output features."""
-    params = step.eqn.params
-    out_axis, *in_axes = params["dimension_numbers"].rhs_spec
-    labels = weight.labels
-    fits = labels[out_axis] == "out" and all(labels[axis] == "in" for axis in in_axes)
-    if step.position != 1 or not fits or params["batch_group_count"] != 1:
-        return None
-    groups, features = params["feature_group_count"], params["dimension_numbers"].out_spec[1]
-    (a, _), (b, _) = _compact(weight, 0), _compact(weight, 1)
-    base = step.bind(weight.w)[0]
-    dtype = weight.w.dtype
-    kernel = jnp.concatenate([jnp.moveaxis(a, -1, out_axis).astype(dtype)] * groups, out_axis)
-    operands = [_dropped(weight, step, step.operands[0]), kernel]
-    t = jnp.moveaxis(step.eqn.primitive.bind(*operands, **params), features, -1).astype(dtype)
-    t = t.reshape(*t.shape[:-1], groups, -1)
-    b = (weight.scale * b).astype(dtype).reshape(groups, -1, b.shape[-1])
-    names = [f"x{axis}" for axis in range(t.ndim - 2)]
-    update = contract(
-        t, [*names, "group", _RANK], b, ["group", "out", _RANK], [*names, "group", "out"],
-        precision=params["precision"], dtype=base.dtype,
-    )  # fmt: skip
-    update = update.reshape(*update.shape[:-2], -1)
-    return [base + jnp.moveaxis(update, -1, features)]
-
-
-def _gather(weight: Factored, step: Step) -> list[Any] | None:
-    """Rows by index: a stack stays factored (``w[layer]``), an embedding is looked up.
-
-    w[ids]   ->   w[ids] + a[ids] @ (scale * b)
-    """
-    params = step.eqn.params
-    numbers = params["dimension_numbers"]
-    if step.position != 0 or not _takes_rows(numbers, params["slice_sizes"], weight.w.shape):
-        return None
-    (axis,) = numbers.start_index_map
-    label = weight.labels[axis]
-    base = step.bind(weight.w)[0]
-    rest = [label for i, label in enumerate(weight.labels) if i != axis]
-    labels: list[Hashable] = [label] * base.ndim
-    for place, kind in zip(numbers.offset_dims, rest, strict=True):
-        labels[place] = kind
-    parts = [
-        None if part is None else _gather_part(weight.owned(i)[axis], part, axis, step, base.ndim)
-        for i, part in enumerate(weight.parts)
-    ]
-    taken = weight.rebuild(base, parts, tuple(labels))
-    if label == "stack":
-        return [taken]
-    if _REPEATED in labels:
-        return None
-    (a, a_axes), (b, b_axes) = _compact(taken, 0), _compact(taken, 1)
-    dtype = base.dtype
-    b = (weight.scale * b).astype(dtype)
-    return [base + contract(a.astype(dtype), a_axes, b, b_axes, range(base.ndim), dtype=dtype)]
-
-
-def _takes_rows(numbers: Any, sizes: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether a gather is ``take(w, ids, axis)``: whole rows along one axis."""
-    rows = tuple(numbers.start_index_map)
-    whole = all(
-        n == size for i, (n, size) in enumerate(zip(shape, sizes, strict=True)) if i not in rows
-    )
-    is_plain = not numbers.operand_batching_dims and not numbers.start_indices_batching_dims
-    return len(rows) == 1 and tuple(numbers.collapsed_slice_dims) == rows and whole and is_plain
-
-
-def _gather_part(owned: bool, part: jax.Array, axis: int, step: Step, ndim: int) -> jax.Array:
-    """Takes the same rows of a part, or drops the axis where the part does not vary along it."""
-    params, indices = step.eqn.params, step.operands[1]
-    numbers = params["dimension_numbers"]
-    if not owned:
-        places = set(range(ndim)) - set(numbers.offset_dims)
-        return lax.expand_dims(lax.squeeze(part, (axis,)), sorted(places))
-    tail = part.shape[len(params["slice_sizes"]) :]
-    sizes = [1 if i == axis else n for i, n in enumerate(part.shape)]
-    offsets = (*numbers.offset_dims, *range(ndim, ndim + len(tail)))
-    return lax.gather(
-        part,
-        indices,
-        numbers._replace(offset_dims=offsets),
-        sizes,
-        unique_indices=params["unique_indices"],
-        indices_are_sorted=params["indices_are_sorted"],
-        mode=params["mode"],
-        fill_value=params["fill_value"],
-    )
-
-
-Factored.rules.update(
-    convert_element_type=_convert,
-    mul=_scale,
-    div=_scale,
-    neg=_scale,
-    dot_general=_dot_general,
-    ragged_dot_general=_ragged_dot,
-    conv_general_dilated=_conv,
-    gather=_gather,
-)
+Factored.rules.update(convert_element_type=_convert, mul=_scale, div=_scale, neg=_scale)

@@ -16,7 +16,10 @@ import jax
 import numpy as np
 from jax import lax
 
-from . import _compat
+from . import (
+    _compat,
+    _products,  # noqa: F401  its rules
+)
 from ._control_flow import enter, has_body
 from ._factored import factor
 from ._tracked import Step, Tracked
@@ -37,8 +40,10 @@ def adapt(fn: Fn, *, on_materialize: OnMaterialize = "warn") -> Fn:
     not changed: it sees plain weights, whatever framework wrote it.
 
     Args:
-        fn: Any JAX function. What is not an array among its arguments (strings, flags, None,
-            Python numbers) reaches it as it is.
+        fn: Any JAX function. What is not a JAX array among its arguments (strings, flags, None,
+            numbers, NumPy arrays) reaches it as it is. A local ``custom_jvp`` or ``custom_vjp``
+            function inside it takes what it needs as arguments: one that closes over a traced
+            value cannot be differentiated once it is part of a jaxpr, here as under `jax.jit`.
         on_materialize: What to do where a weight meets an operation that needs it whole, such as
             a nonlinearity or a ``custom_vjp`` function that takes it as an argument: ``"warn"``
             and ``"error"`` name the weight, the primitive and the line, ``"allow"`` is silent.
@@ -47,7 +52,7 @@ def adapt(fn: Fn, *, on_materialize: OnMaterialize = "warn") -> Fn:
     Returns:
         A function with the signature and results of ``fn`` that takes adapted weights, as
         `combine` makes them, anywhere in its arguments. It composes with every JAX
-        transformation.
+        transformation; each call traces ``fn`` again, so put it under `jax.jit`.
 
     Raises:
         ValueError: ``on_materialize`` is unknown; from the returned function, with ``"error"``,
@@ -121,7 +126,7 @@ def _trace(fn, leaves, treedef, places, arrays):
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +137,12 @@ class Walk:
         on_materialize: ``"warn"``, ``"error"`` or ``"allow"``.
         keep_jit: Whether an inner jit stays a jit, traced once for all its calls; otherwise its
             body is evaluated in place each time.
+        line: File and line of the equation whose body this is, for those inside without one.
     """
 
     on_materialize: OnMaterialize
     keep_jit: bool = True
+    line: tuple[str, int] | None = dataclasses.field(default=None, compare=False)
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr; inputs and outputs are arrays or tracked weights."""
@@ -158,14 +165,17 @@ class Walk:
             env.update(zip(eqn.outvars, outputs, strict=True))
             for var in last_use.get(index, ()):
                 env.pop(var, None)
-        return [read(atom) for atom in jaxpr.outvars]
+        return [
+            jax.numpy.asarray(atom.val) if isinstance(atom, _compat.Literal) else env[atom]
+            for atom in jaxpr.outvars
+        ]
 
-    def plain(self, value: Any, reason: str, line: str | None = None) -> Any:
+    def plain(self, value: Any, reason: str, line: tuple[str, int] | None = None) -> Any:
         """The array itself; a tracked weight is materialised, and that is reported."""
         if not isinstance(value, Tracked):
             return value
         if value.reported and self.on_materialize != "allow":
-            place = f" at {line}" if line else ""
+            place = f" at {line[0]}:{line[1]}" if line else ""
             message = (
                 f"The adapted weight {value.path!r} is materialised for {reason}{place}: the step "
                 "then costs as much as full fine-tuning of this weight."
@@ -175,12 +185,12 @@ class Walk:
                     f"{message} Take the weight out of `targets`, or allow it with "
                     '`adapt(fn, on_materialize="allow")`.'
                 )
-            warnings.warn(message, MaterializeWarning, stacklevel=2)
+            warnings.warn_explicit(message, MaterializeWarning, *(line or (__file__, 0)))
         return value.materialize()
 
     def _on_tracked(self, eqn, inputs, index, broadcasts) -> list[Any]:
         if has_body(eqn):
-            outputs = enter(self, eqn, inputs)
+            outputs = enter(self.inside(eqn), eqn, inputs)
             if outputs is not None:
                 return outputs
         else:
@@ -201,7 +211,12 @@ class Walk:
         """`plain`, for an operand of an equation."""
         if not isinstance(value, Tracked):
             return value
-        return self.plain(value, f"`{eqn.primitive.name}`", _compat.source_line(eqn))
+        line = _compat.source_line(eqn) or self.line
+        return self.plain(value, f"`{eqn.primitive.name}`", line)
+
+    def inside(self, eqn: Any) -> "Walk":
+        """The walk over the body of an equation."""
+        return dataclasses.replace(self, line=_compat.source_line(eqn) or self.line)
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
@@ -224,6 +239,8 @@ def _unbroadcast(eqn, operands, broadcasts, position) -> jax.Array | None:
     if np.ndim(operand) == 0:
         return jax.numpy.asarray(operand)
     atom = eqn.invars[position]
+    if np.shape(operand) != eqn.outvars[0].aval.shape:  # the primitive repeats it by itself
+        return operand
     if isinstance(atom, _compat.Literal) or atom not in broadcasts:
         return None
     source, params = broadcasts[atom]

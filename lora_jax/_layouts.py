@@ -33,7 +33,9 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
 
     Returns:
         Path -> layout, one of ``in``, ``out`` and ``stack`` for each axis. A weight that is never
-        multiplied by (a bias, a norm) has no ``in``, and cannot be adapted. Where a weight is
+        multiplied by (a bias, a norm) has no ``in``, and cannot be adapted. One that meets another
+        operation first (a concatenation, a norm of its own) is left out: what it does cannot be
+        told, and `adapt` would materialise it. Where a weight is
         used in several ways (tied embeddings), a lookup decides, then the first product. An axis
         of experts that all read one shared input is an ``out`` axis here, with one ``a`` for all;
         name it in ``LoraConfig.layouts`` to give each its own.
@@ -60,25 +62,31 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
             else array
             for place, array in zip(places, arrays, strict=True)
         ]
-        Walk("allow", keep_jit=False).evaluate(*open_jaxpr(jaxpr), values)
+        for value in Walk("allow", keep_jit=False).evaluate(*open_jaxpr(jaxpr), values):
+            if isinstance(value, Tracked):
+                value.materialize()
 
     jax.eval_shape(probe, *[_shape(leaves[i]) for i in places])
-    return {
+    found = {
         path: _layout(len(weight.shape), record[path])
         for path, weight in weights.items()
         if hasattr(weight, "shape")
     }
+    return {path: layout for path, layout in found.items() if layout is not None}
 
 
 def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _layout(ndim: int, uses: dict[str, dict[int, str]]) -> Layout:
+def _layout(ndim: int, uses: dict[str, dict[int, str]]) -> Layout | None:
     """The layout that the uses of one weight agree on; an axis that was indexed away is stacked."""
     if not uses:
         return ("out",) * ndim
-    roles = next(uses[use] for use in ("lookup", "product", "other") if use in uses)
+    use = next(use for use in ("lookup", "product", "unknown", "elementwise") if use in uses)
+    if use == "unknown":
+        return None
+    roles = uses[use]
     return tuple(roles.get(axis, "stack") for axis in range(ndim))  # type: ignore[return-value]
 
 
@@ -89,13 +97,17 @@ class Probe(Tracked):
 
     Attributes:
         labels: For each axis of ``w``, the axes of the original weight that it is made of.
-        record: Path -> use (``lookup``, ``product``, ``other``) -> original axis -> role.
+        record: Path -> use (``lookup``, ``product``, ``unknown``, ``elementwise``) -> original
+            axis -> role.
         gathered: The axes of ``w`` that an index put there.
     """
 
     w: Any
     labels: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
+    spread: tuple[frozenset[str], ...] = dataclasses.field(
+        default=(), kw_only=True, metadata={"static": True}
+    )
     record: Any = dataclasses.field(metadata={"static": True}, compare=False)
     gathered: Origins = dataclasses.field(default=frozenset(), metadata={"static": True})
 
@@ -109,8 +121,18 @@ class Probe(Tracked):
         return frozenset().union(*labels)  # type: ignore[arg-type]
 
     def materialize(self) -> jax.Array:
-        """The weight goes on as a plain array: its axes that are left are outputs."""
-        self.note("other", dict.fromkeys(range(len(self.labels)), "out"))
+        """The weight goes on as a plain array, and what becomes of it is not seen.
+
+        A vector, or what has been repeated over a batch, meets it entry by entry (a bias, a
+        norm); a whole matrix might still be multiplied by.
+        """
+        roles = dict.fromkeys(range(len(self.labels)), "out")
+        if self.gathered:
+            self.note("lookup", roles | dict.fromkeys(self.gathered, "in"))
+        elif len(roles) > 1 and all(self.labels):
+            self.note("unknown", roles)
+        else:
+            self.note("elementwise", roles)
         return self.w
 
     def note(self, use: str, roles: dict[int, str]) -> None:

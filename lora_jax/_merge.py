@@ -73,7 +73,8 @@ def merge_weight(w: jax.Array, factors: LoraFactors, sign: int = 1) -> jax.Array
     """``w + sign * scale * a @ b``, in the factors' dtype, rounded once to the dtype of ``w``."""
     update = sign * delta(factors)
     merged = (w.astype(update.dtype) + update).astype(w.dtype)
-    return jnp.where(update == 0, w, merged)  # -0.0 + 0.0 would lose its sign
+    lost_sign = (merged == 0) & (update == 0) & jnp.signbit(w)  # -0.0 + 0.0 is 0.0
+    return jnp.where(lost_sign, w, merged)
 
 
 def _check_finite(path: str, weight: Any) -> None:

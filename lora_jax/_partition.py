@@ -14,7 +14,15 @@ import optax
 from ._config import Layout, LoraConfig
 from ._paths import flatten, nearest
 from ._targets import select
-from ._weights import LoraFactors, LoraWeight, TrainedWeight, init_factors, is_node, path_key
+from ._weights import (
+    LoraFactors,
+    LoraWeight,
+    TrainedWeight,
+    factor_shapes,
+    init_factors,
+    is_node,
+    path_key,
+)
 
 Tree = TypeVar("Tree")
 Trainable = dict[str, Any]
@@ -81,8 +89,11 @@ def combine(
     Args:
         frozen: The frozen half of `split`.
         trainable: The trainable half.
-        dropout_key: Turns LoRA dropout on. Every weight, and every weight of a stack, has its own
-            mask; a weight that a loop applies again has the same mask at each turn.
+        dropout_key: Turns LoRA dropout on: entries of a product's input are dropped before they
+            meet the factors. Every product of every weight has its own mask, and so has every
+            layer of a stack that a scan or an index takes apart; a stack that one product reads
+            whole, and a body that a loop or an inner jit applies again, have one. Lookups, which
+            multiply by nothing, have no dropout.
 
     Raises:
         ValueError: The halves do not belong together; the message names the weight.
@@ -144,7 +155,23 @@ def _frozen_leaves(frozen: Any, trainable: Mapping[str, Any]) -> tuple[dict[str,
                 f"{path!r} is {'missing from' if leaves[path] is None else 'present in'} the "
                 "frozen tree, which is not how it was split. Combine two halves of one `split`."
             )
+        _check_shapes(path, leaves[path], factors)
     return leaves, treedef
+
+
+def _check_shapes(path: str, w: Any, factors: Any) -> None:
+    if not isinstance(factors, LoraFactors) or not hasattr(w, "shape"):
+        return
+    if not hasattr(factors.a, "shape") or not hasattr(factors.b, "shape"):
+        return  # a tree of shardings or specs
+    found = factors.a.shape, factors.b.shape
+    fits = len(w.shape) == len(factors.layout)
+    wanted = factor_shapes(w.shape, factors.layout, factors.rank) if fits else None
+    if found != wanted:
+        raise ValueError(
+            f"{path!r} has shape {tuple(w.shape)}, and its factors of layout "
+            f"{' '.join(factors.layout)!r} have {found}. Combine two halves of one `split`."
+        )
 
 
 def _dropout_keys(key: jax.Array | None, path: str, factors: LoraFactors) -> jax.Array | None:

@@ -52,7 +52,13 @@ def select(
     adapted = _matched(weights, (t for t in config.targets if t != ALL_LINEAR), "Target")
     if ALL_LINEAR in config.targets:
         adapted |= _all_linear(weights, layouts)
-    adapted -= _matched(weights, config.exclude, "`exclude` pattern")
+    excluded = _matched(weights, config.exclude, "`exclude` pattern")
+    if adapted and not adapted - excluded:
+        raise ValueError(
+            f"`exclude` {config.exclude} leaves none of the {len(adapted)} weights that the "
+            f"targets {config.targets} match. Make one of them narrower."
+        )
+    adapted -= excluded
     trained = _matched(weights, config.train, "`train` pattern")
     if both := sorted(adapted & trained):
         raise ValueError(

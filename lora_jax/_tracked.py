@@ -48,11 +48,13 @@ class Tracked:
         w: The weight itself.
         labels: One hashable for each axis of ``w``.
         path: The weight's path, for messages.
+        spread: For each part, the mesh axes over which it is sharded inside a `shard_map`.
     """
 
     w: Any
     labels: tuple[Hashable, ...]
     path: str
+    spread: tuple[frozenset[str], ...] = dataclasses.field(default=(), kw_only=True)
 
     rules: ClassVar[dict[str, Callable[..., list[Any] | None]]] = {}
     reported: ClassVar[bool] = True
@@ -83,9 +85,10 @@ class Tracked:
         rule = self.rules.get(step.eqn.primitive.name)
         if rule is not None:
             return rule(self, step)
-        if step.position == 0 and (moved := moves(step.eqn, step.operands)):
-            return self._rearrange(step, moved)
-        return None
+        if step.position != 0 or self._gathers_past_a_part(step):
+            return None
+        moved = moves(step.eqn, step.operands)
+        return self._rearrange(step, moved) if moved else None
 
     def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], Self]]:
         """Takes axis 0 apart, as a scan does: arrays to slice, and how slices make a weight."""
@@ -117,6 +120,15 @@ class Tracked:
             self.rebuild(w, [self._along(i, move) for i in range(len(self.parts))], row)
             for w, move, row in zip(outputs, moved, labels, strict=True)
         ]
+
+    def _gathers_past_a_part(self, step: Step) -> bool:
+        """Whether an all-gather joins what a part, which it leaves as it is, differs in."""
+        if step.eqn.primitive.name != "all_gather":
+            return False
+        names = step.eqn.params["axis_name"]
+        names = {names} if isinstance(names, str) else set(names)
+        axis = step.eqn.params["all_gather_dimension"]
+        return any(not self.owned(i)[axis] and names & over for i, over in enumerate(self.spread))
 
     def _along(self, part: int, move: Move) -> Any:
         array = self.parts[part]

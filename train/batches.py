@@ -128,8 +128,8 @@ def training_batches(
     """
     rows = grain.MapDataset.range(len(encoded.ids)).shuffle(seed=seed).repeat()
     if group_by_length:
-        groups = rows.batch(GROUP * batch_size).map(lambda group: by_length(encoded, group))
-        order = grain.MapDataset.range(GROUP).shuffle(seed=seed).repeat()
+        groups: Any = rows.batch(GROUP * batch_size).map(lambda group: by_length(encoded, group))
+        order: Any = grain.MapDataset.range(GROUP).shuffle(seed=seed).repeat()
         steps = grain.MapDataset.range(len(order))
         return steps.map(lambda step: collate(encoded, groups[step // GROUP][order[step]]))
     few = encoded._replace(lengths=encoded.lengths[::-2][::-1])

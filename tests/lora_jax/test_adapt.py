@@ -388,3 +388,108 @@ def test_functools_and_methods_are_functions(w, x):
     partial = functools.partial(forward, x=x)
     lifted = lora_jax.adapt(partial, on_materialize="error")
     assert_trees_close(lifted(params), partial(merged), relative=1e-5)
+
+
+def test_static_arguments_under_jit(w, x):
+    params, merged = adapted_params(w)
+
+    def fn(params, x, mode):
+        return x @ params["w"] if mode == "plain" else x @ params["w"].T
+
+    lifted = jax.jit(lora_jax.adapt(fn, on_materialize="error"), static_argnames="mode")
+    assert_trees_close(lifted(params, x, mode="other"), fn(merged, x, "other"), relative=1e-5)
+
+
+def test_numpy_arguments_keep_their_values(w, x):
+    params, merged = adapted_params(w)
+
+    def fn(params, x, count, rows):
+        for _ in range(count):
+            x = x @ params["w"]
+        return x[: rows.max()]
+
+    arguments = (x, np.int64(2), np.array([1, 3]))
+    actual = lora_jax.adapt(fn, on_materialize="error")(params, *arguments)
+    assert_trees_close(actual, fn(merged, *arguments), relative=1e-5)
+
+
+def test_constant_results_are_arrays(w, x):
+    params, _ = adapted_params(w)
+    _, zero = lora_jax.adapt(lambda params, x: (x @ params["w"], jnp.float32(0)))(params, x)
+    assert isinstance(zero, jax.Array)
+
+
+def test_stop_gradient_on_the_weight_stops_the_factors(w, x):
+    params, _ = adapted_params(w)
+    fn = lora_jax.adapt(lambda params, x: (x @ lax.stop_gradient(params["w"])).sum())
+    gradient = jax.grad(fn)(params, x)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_complex_input_materialises_the_weight(w, x):
+    params, merged = adapted_params(w)
+    with pytest.warns(MaterializeWarning, match="`dot_general`"):
+        actual = lora_jax.adapt(lambda params, x: jnp.abs((x + 1j * x) @ params["w"]))(params, x)
+    assert_trees_close(actual, jnp.abs((x + 1j * x) @ merged["w"]), relative=1e-5)
+
+
+@pytest.mark.parametrize("fill", [{}, {"fill_value": 1.0}], ids=["nan", "one"])
+def test_rows_that_are_not_there_have_no_update_and_no_gradient(fill):
+    frozen, trainable = lora_jax.split({"w": jnp.ones((9, 6))}, CONFIG, jax.random.key(0))
+    trainable = jax.tree.map(lambda leaf: leaf + 0.1, trainable)
+    ids = jnp.array([[1, 2, 9], [3, 9, 9]])
+
+    def loss(params):
+        rows = jnp.take(params["w"], ids, axis=0, mode="fill", **fill)
+        return jnp.where((ids < 9)[..., None], rows, 0).sum()
+
+    lifted = lora_jax.adapt(loss, on_materialize="error")
+    actual = jax.value_and_grad(lambda t: lifted(lora_jax.combine(frozen, t)))(trainable)
+    expected = jax.value_and_grad(lambda t: loss(lora_jax.merge(frozen, t)))(trainable)
+    assert_trees_close(actual, expected, relative=1e-5)
+
+
+def test_gathering_along_another_axis_than_the_sharded_one():
+    params, merged = adapted_params(jax.random.normal(jax.random.key(7), (8, 16)))
+    x = jnp.ones((2, 8))
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P(None, "d"),
+        check_vma=False,
+    )  # fmt: skip
+    def inner(w, x):
+        return x @ lax.all_gather(w, "d", axis=0, tiled=True)[8:]
+
+    with pytest.warns(MaterializeWarning, match="`all_gather`"):
+        actual = lora_jax.adapt(lambda params, x: inner(params["w"], x))(params, x)
+    assert_trees_close(actual, inner(merged["w"], x), relative=1e-5)
+
+
+PRODUCTS = {
+    "dot": (lambda w: jnp.ones((4, 16)) @ w, (16, 3)),
+    "ragged": (
+        lambda w: lax.ragged_dot(jnp.ones((4, 16)), w, jnp.array([1, 3], jnp.int32)),
+        (2, 16, 3),
+    ),
+    "conv": (
+        lambda w: lax.conv_general_dilated(
+            jnp.ones((4, 5, 16)), w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+        (3, 16, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize(("fn", "shape"), PRODUCTS.values(), ids=PRODUCTS.keys())
+def test_every_product_has_dropout(fn, shape):
+    w = jnp.zeros(shape)
+    layouts = lora_jax.layouts(lambda params: fn(params["w"]), {"w": w})
+    lifted = lora_jax.adapt(lambda params: fn(params["w"]), on_materialize="error")
+    off, _ = dropout_params(w, None, layouts=layouts)
+    draws = []
+    for seed in range(2):
+        on, _ = dropout_params(w, jax.random.key(seed), layouts=layouts)
+        draws.append(lifted(on))
+        assert (draws[-1] != lifted(off)).any()
+    assert (draws[0] != draws[1]).any()

@@ -17,6 +17,10 @@ from lora_jax import LoraConfig
         pytest.param({"alpha": 0}, "`alpha` must be positive and finite, got 0", id="alpha-0"),
         pytest.param({"alpha": float("inf")}, "`alpha` must be positive", id="alpha-inf"),
         pytest.param({"dropout": 1.0}, r"`dropout` must be in \[0, 1\), got 1.0", id="dropout-1"),
+        pytest.param(
+            {"alpha": "8"}, "`alpha` must be positive and finite, got '8'", id="text-alpha"
+        ),
+        pytest.param({"targets": ("(?i)a",)}, "not a regular expression: global flags", id="flags"),
         pytest.param({"targets": ("(",)}, "`targets` holds '\\(', which is not a reg", id="regex"),
         pytest.param({"targets": ()}, "Nothing would train", id="nothing"),
         pytest.param({"targets": ("",)}, "`targets` holds ''; a pattern is a non-", id="empty"),

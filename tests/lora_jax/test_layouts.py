@@ -96,6 +96,24 @@ def test_nothing_is_computed_and_shapes_suffice():
     }
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        pytest.param(lambda w: X @ jnp.concatenate([w, w], 1), id="concatenated"),
+        pytest.param(lambda w: X @ (w / jnp.linalg.norm(w)), id="normalised"),
+        pytest.param(lambda w: X @ jnp.where(w > 0, w, 0), id="masked"),
+    ],
+)
+def test_a_matrix_that_meets_something_else_first_is_left_out_and_stays_a_target(fn):
+    params = {"w": jnp.ones((8, 8))}
+    layouts = lora_jax.layouts(lambda params: fn(params["w"]), params)
+    assert layouts.get("w") in (None, ("in", "out"))
+    config = lora_jax.LoraConfig(rank=2, alpha=2, targets="all-linear")
+    frozen, trainable = lora_jax.split(params, config, jax.random.key(0), layouts=layouts)
+    with pytest.warns(lora_jax.MaterializeWarning, match="'w' is materialised"):
+        lora_jax.adapt(lambda params: fn(params["w"]))(lora_jax.combine(frozen, trainable))
+
+
 def test_every_call_measures_anew():
     """An inner jit that was traced before is read again."""
     inner = jax.jit(lambda w: X @ w)

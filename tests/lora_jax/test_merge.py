@@ -74,6 +74,19 @@ def test_merging_runs_under_jit_and_grad():
     assert isinstance(gradient["w"], LoraFactors)
 
 
+def test_training_through_merge_starts_at_a_zero_b():
+    frozen, trainable = lora_jax.split({"w": jnp.ones((6, 4))}, CONFIG, jax.random.key(0))
+    gradient = jax.grad(lambda t: lora_jax.merge(frozen, t)["w"].sum())(trainable)
+    expected = trainable["w"].scale * trainable["w"].a.sum(0)[:, None] * jnp.ones((2, 4))
+    assert_trees_close(gradient["w"].b, expected, relative=1e-6)
+
+
+def test_factors_of_another_shape_are_refused():
+    frozen, trainable = halves(shape=(6, 4))
+    with pytest.raises(ValueError, match=r"'w' has shape \(1, 4\), and its factors of layout"):
+        lora_jax.merge({"w": frozen["w"][:1]}, trainable)
+
+
 def test_unmerge_refuses_another_tree():
     frozen, trainable = halves()
     with pytest.raises(ValueError, match="'w' trains, but the merged tree has no such weight"):

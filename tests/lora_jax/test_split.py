@@ -209,9 +209,9 @@ REFUSED = {
         config("query", train=("query/kernel",)),
         "is both a target and trained in full. Name it in `exclude`",
     ),
-    "everything excluded is no target": (
-        config("query", exclude=("query",), rank_pattern={"query": 1}),
-        "`rank_pattern` key 'query' matches none of the 0 adapted weights. There are none",
+    "everything excluded": (
+        config("query", exclude=("query",)),
+        r"`exclude` \('query',\) leaves none of the 2 weights that the targets .* match",
     ),
 }
 

@@ -46,9 +46,7 @@ def test_grouping_by_length_deals_the_same_rows_out_with_less_padding():
 @pytest.mark.parametrize("step", [0, 7, 100_000])
 def test_a_batch_follows_from_its_step_alone(step, group):
     first, second = (
-        batches.training_batches(
-            encoded(range(1, 31)), batch_size=4, seed=5, group_by_length=group
-        )
+        batches.training_batches(encoded(range(1, 31)), batch_size=4, seed=5, group_by_length=group)
         for _ in range(2)
     )
     first[step + 1]

@@ -167,8 +167,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(
 ):
     original = finetune.training_batches
 
-    def poisoned(*arguments):
-        batches = original(*arguments)
+    def poisoned(*arguments, **settings):
+        batches = original(*arguments, **settings)
 
         def poison(index):
             batch = dict(batches[index])
