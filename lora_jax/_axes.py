@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 Owned = Sequence[bool]
 
@@ -187,6 +188,17 @@ def _all_gather(eqn, shape, operands):
     return [Move(tuple((axis,) for axis in range(len(shape))), apply)]
 
 
+def _reshard(eqn, shape, operands):
+    sharding = eqn.params["dst_sharding"]
+    entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+
+    def apply(part, owned):
+        spec = [entry if own else None for entry, own in zip(entries, owned, strict=True)]
+        return jax.sharding.reshard(part, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+    return [Move(tuple((axis,) for axis in range(len(shape))), apply)]
+
+
 def _stay(eqn, shape, operands):
     return [Move(tuple((axis,) for axis in range(len(shape))), lambda part, owned: part)]
 
@@ -213,6 +225,7 @@ _RULES: dict[str, Callable[..., list[Move] | None]] = {
     "split": _split,
     "dynamic_slice": _dynamic_slice,
     "rev": _rev,
+    "reshard": _reshard,
     "all_gather": _all_gather,
     "stop_gradient": _stop_gradient,
     "copy": _stay,
