@@ -25,7 +25,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 test: $(TEST)/$(STAMP)  ## all tests and doctests; PYTEST_ARGS="-k merge" chooses
-	$(TEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(TEST)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 lint: $(TEST)/$(STAMP)  ## ruff, ruff format and pyright
 	$(TEST)/bin/ruff check .

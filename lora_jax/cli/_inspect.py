@@ -4,6 +4,7 @@ Only the model's config is opened. Its weights are shapes, so this takes a secon
 """
 
 import argparse
+import warnings
 from typing import Any
 
 import jax
@@ -96,8 +97,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _shapes(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model's parameters as shapes, and the layouts of its weights."""
-    model = models.from_pretrained(
-        options.model, task=options.task, num_labels=options.num_labels, abstract=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", models.NewHeadWarning)  # nothing is drawn: only shapes
+        model = models.from_pretrained(
+            options.model, task=options.task, num_labels=options.num_labels, abstract=True
+        )
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return model.params, layouts(model.apply, model.params, tokens, tokens)
