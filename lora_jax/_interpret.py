@@ -75,17 +75,13 @@ def adapt(fn: Fn, *, on_materialize: OnMaterialize = "warn") -> Fn:
 
     @functools.wraps(fn)
     def adapted(*args, **kwargs):
-        return call(fn, walk, factor, args, kwargs)
+        return call(fn, walk, args, kwargs)
 
     return adapted  # type: ignore[return-value]
 
 
 def call(
-    fn: Callable[..., Any],
-    walk: "Walk",
-    track: Callable[[LoraWeight], Tracked],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    fn: Callable[..., Any], walk: "Walk", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls ``fn`` with every `LoraWeight` in its arguments tracked through its jaxpr."""
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
@@ -94,15 +90,33 @@ def call(
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, LoraWeight) or _is_array(leaf)]
-    values = [track(v) if isinstance(v, LoraWeight) else v for v in (leaves[i] for i in places)]
+    chosen = [leaves[place] for place in places]
+    values = [factor(v) if isinstance(v, LoraWeight) else v for v in chosen]
     arrays = [value.w if isinstance(value, Tracked) else value for value in values]
-    jaxpr, rebuild = _trace(fn, leaves, treedef, places, arrays)
+    jaxpr, rebuild = trace(fn, leaves, treedef, places, arrays)
     outputs = walk.evaluate(*_compat.open_jaxpr(jaxpr), values)
     return rebuild([walk.plain(value, "the function's result") for value in outputs])
 
 
-def _trace(fn, leaves, treedef, places, arrays):
-    """Traces ``fn`` as a function of its arrays; also gives what rebuilds its result from them."""
+def trace(
+    fn: Callable[..., Any],
+    leaves: list[Any],
+    treedef: Any,
+    places: list[int],
+    arrays: Sequence[Any],
+) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
+    """Traces ``fn`` as a function of its arrays.
+
+    Args:
+        fn: The function.
+        leaves: The leaves of its ``(args, kwargs)``.
+        treedef: Their structure.
+        places: Which leaves are arrays to trace; the others reach ``fn`` as they are.
+        arrays: These arrays, or their shapes.
+
+    Returns:
+        The closed jaxpr, and the function that rebuilds ``fn``'s result from the jaxpr's.
+    """
     result: dict[str, Any] = {}
 
     def flat(*arrays):

@@ -13,7 +13,7 @@ import jax
 
 from ._compat import open_jaxpr
 from ._config import Layout
-from ._interpret import Walk, _trace
+from ._interpret import Walk, trace
 from ._paths import flatten
 from ._tracked import Step, Tracked
 
@@ -53,7 +53,7 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
         i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
     paths = dict(enumerate(weights))  # the parameters are the first leaves
-    jaxpr, _ = _trace(fn, leaves, treedef, places, [_shape(leaves[i]) for i in places])
+    jaxpr, _ = trace(fn, leaves, treedef, places, [_shape(leaves[i]) for i in places])
 
     def probe(*arrays):
         values = [
