@@ -21,8 +21,6 @@ from lora_jax.io.names import NameTable, Published
 if TYPE_CHECKING:
     from lora_jax.models import Pretrained
 
-_IN_ENCODER = ("embeddings", "encoder", "pooler")
-
 
 def save_adapter(
     directory: str | os.PathLike,
@@ -106,7 +104,7 @@ def _inexpressible(path: str, factors: LoraFactors, model: "Pretrained") -> Iter
     layout = ("stack", "in", "out") if entry.stacked else ("in", "out")
     if not entry.transposed or factors.layout != layout:
         yield f"{path}: only kernels of Linear modules, laid out {layout}, can be adapted"
-    elif path.partition("/")[0] not in _IN_ENCODER:
+    elif model.names.in_head(path):
         yield f"{path}: PEFT trains a head in full and would ignore the factors"
 
 
@@ -114,8 +112,8 @@ def _partly_trained(full: Iterable[str], model: "Pretrained") -> Iterable[str]:
     """PEFT saves whole modules; of a head, the whole head."""
     full = set(full)
     groups: dict[str, list[str]] = {}
-    for path, entry in model.names.entries.items():
-        groups.setdefault(_saved_as(path, entry)[0], []).append(path)
+    for path in model.names.entries:
+        groups.setdefault(_saved_as(path, model.names)[0], []).append(path)
     for module, paths in groups.items():
         trained = full.intersection(paths)
         if trained and (missing := sorted(set(paths) - trained)):
@@ -134,11 +132,12 @@ def _untrained(full: Iterable[str], model: "Pretrained") -> list[str]:
     return [f"{path} was newly drawn and is not trained: `train` it in full" for path in left]
 
 
-def _saved_as(path: str, entry: Published) -> list[str]:
+def _saved_as(path: str, names: NameTable) -> list[str]:
     """What ``modules_to_save`` calls the owner of a weight: a head's top module, else its own."""
-    if path.partition("/")[0] in _IN_ENCODER:
-        return list(entry.modules)
-    return [entry.tensors[0].partition(".")[0]]
+    entry = names.entries[path]
+    if names.in_head(path):
+        return [entry.tensors[0].partition(".")[0]]
+    return list(entry.modules)
 
 
 def _fields(
@@ -151,7 +150,7 @@ def _fields(
     """``adapter_config.json``, every field explicit."""
     ranks = {m.name: m.a.shape[-1] for m in modules}
     alphas = {m.name: _alpha(m, config.use_rslora) for m in modules}
-    saved = sorted({m for path in full for m in _saved_as(path, model.names.entries[path])})
+    saved = sorted({m for path in full for m in _saved_as(path, model.names)})
     linear = [m for e in model.names.entries.values() if e.transposed for m in e.modules]
     unused = [name.removesuffix(".weight") for name in model.names.unused]
     return {
@@ -176,7 +175,7 @@ def _fields(
 
 def _task_type(saved: list[str], model: "Pretrained") -> str | None:
     """PEFT's name of the task; null where the file has no head, which PEFT would look for."""
-    has_head = any(path.partition("/")[0] not in _IN_ENCODER for path in model.names.entries)
+    has_head = any(map(model.names.in_head, model.names.entries))
     head_is_saved = any("." not in module for module in saved)
     return _adapter_config.TASK_TYPES[model.task] if head_is_saved or not has_head else None
 

@@ -1,7 +1,7 @@
 """Names: one table says what each of our weights is called in the published checkpoint.
 
-A family of models (``lora_jax/models/``) writes rows of path, tensor name and whether the
-matrix is transposed. Everything that crosses the border goes through that one table: reading
+A family of models (``lora_jax/models/``) writes rows of path, tensor name and kind of module.
+Everything that crosses the border goes through that one table: reading
 a checkpoint, writing one, writing an adapter that PEFT reads.
 
     encoder/layers/{layer}/attention/query/kernel  (in, out)
@@ -12,9 +12,13 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 LAYER = "{layer}"
+
+Kind = Literal["linear", "conv1d", "embedding", "other"]
+"""What module owns a published tensor: the matrix ``(out, in)`` of PyTorch's ``Linear``; the
+matrix ``(in, out)`` of GPT-2's ``Conv1D``; a table ``(rows, features)``; or a bias, a norm."""
 
 
 class Row(NamedTuple):
@@ -22,7 +26,7 @@ class Row(NamedTuple):
 
     path: str
     tensor: str
-    transposed: bool = False
+    kind: Kind = "other"
 
 
 class Published(NamedTuple):
@@ -32,14 +36,19 @@ class Published(NamedTuple):
         path: Our path, such as ``"encoder/layers/0/attention/query/kernel"``.
         tensors: The published names: one, or one a layer where our weight stacks its layers
             along axis 0 (``scan_layers=True``).
-        transposed: Whether the published matrix is ``(out, in)`` where ours is ``(in, out)``.
+        kind: What module owns them.
         stacked: Whether our weight stacks one tensor a layer along axis 0.
     """
 
     path: str
     tensors: tuple[str, ...]
-    transposed: bool
+    kind: Kind
     stacked: bool
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the published matrix is ``(out, in)`` where ours is ``(in, out)``."""
+        return self.kind == "linear"
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -59,6 +68,8 @@ class NameTable:
             of other tasks.
         renamed: Old spellings: ``(end of the name, today's end)``.
         tied: Tensors that only repeat another one: ``{copy: original}``, without the prefix.
+        heads: First segments of our paths that belong to the head of a task.
+        drawn: Those of the weights that are drawn where a checkpoint has none of them.
     """
 
     entries: Mapping[str, Published]
@@ -66,9 +77,15 @@ class NameTable:
     unused: frozenset[str] = frozenset()
     renamed: tuple[tuple[str, str], ...] = ()
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
 
     def __post_init__(self):
         _check_once([self.key(name) for e in self.entries.values() for name in e.tensors])
+
+    def in_head(self, path: str) -> bool:
+        """Whether a weight of ours belongs to the head of a task."""
+        return path.partition("/")[0] in self.heads
 
     def key(self, tensor: str) -> str:
         """The spelling under which names are compared: today's, without the prefix."""
@@ -92,7 +109,7 @@ def expand(rows: Iterable[Row], layers: int, *, stacked: bool) -> dict[str, Publ
         ValueError: Two rows give the same path.
 
     Example:
-        >>> row = Row("layers/{layer}/kernel", "layer.{layer}.weight", True)
+        >>> row = Row("layers/{layer}/kernel", "layer.{layer}.weight", "linear")
         >>> list(expand([row], 2, stacked=False))
         ['layers/0/kernel', 'layers/1/kernel']
         >>> expand([row], 2, stacked=True)["layers/kernel"].tensors
@@ -105,12 +122,12 @@ def expand(rows: Iterable[Row], layers: int, *, stacked: bool) -> dict[str, Publ
 
 def _expand_row(row: Row, layers: int, stacked: bool) -> list[Published]:
     if LAYER not in row.path:
-        return [Published(row.path, (row.tensor,), row.transposed, False)]
+        return [Published(row.path, (row.tensor,), row.kind, False)]
     tensors = tuple(row.tensor.replace(LAYER, str(index)) for index in range(layers))
     if stacked:
-        return [Published(row.path.replace(f"{LAYER}/", ""), tensors, row.transposed, True)]
+        return [Published(row.path.replace(f"{LAYER}/", ""), tensors, row.kind, True)]
     return [
-        Published(row.path.replace(LAYER, str(index)), (tensor,), row.transposed, False)
+        Published(row.path.replace(LAYER, str(index)), (tensor,), row.kind, False)
         for index, tensor in enumerate(tensors)
     ]
 

@@ -12,4 +12,4 @@ from ._pretrained import (
     from_pretrained as from_pretrained,
     save_pretrained as save_pretrained,
 )
-from .bert import TASKS as TASKS, Bert as Bert, BertConfig as BertConfig
+from .bert import Bert as Bert, BertConfig as BertConfig

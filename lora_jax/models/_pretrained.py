@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
@@ -22,15 +23,7 @@ from lora_jax._weights import is_node
 from lora_jax.io import hub, hugging_face
 from lora_jax.io._safetensors import Tensor
 from lora_jax.io.names import NameTable
-from lora_jax.models import bert
-
-_ARCHITECTURES = {
-    "sequence-classification": "ForSequenceClassification",
-    "token-classification": "ForTokenClassification",
-    "question-answering": "ForQuestionAnswering",
-    "masked-lm": "ForMaskedLM",
-    "feature-extraction": "Model",
-}
+from lora_jax.models._families import Family, check_task, family_of
 
 
 class NewHeadWarning(UserWarning):
@@ -48,8 +41,9 @@ class Pretrained:
 
     Attributes:
         params: The weights: nested dictionaries, without a ``"params"`` level.
-        config: The architecture.
+        config: The architecture, as the family's own frozen dataclass.
         module: The Linen module.
+        family: The module of `lora_jax.models` that holds its architecture.
         task: What the head does.
         directory: The local directory that it was read from.
         new: Paths of the weights that the checkpoint did not have and that were drawn.
@@ -59,8 +53,9 @@ class Pretrained:
     """
 
     params: Any
-    config: bert.BertConfig
-    module: bert.Bert
+    config: Any
+    module: nn.Module
+    family: Family
     task: str
     directory: Path
     new: tuple[str, ...]
@@ -73,26 +68,31 @@ class Pretrained:
         params: Any,
         input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        *,
+        *args: Any,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Runs the model: see `lora_jax.models.bert.Bert.__call__` for shapes.
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the model: see ``__call__`` of its module, such as `lora_jax.models.Bert`.
 
         Args:
             params: Weights of the structure of ``self.params``.
             input_ids: Integers ``(B, T)``.
             attention_mask: ``(B, T)``, zero or False where padded.
-            token_type_ids: Integers ``(B, T)``.
+            *args: What else the family takes: ``token_type_ids (B, T)`` of an encoder.
             dropout_key: Turns dropout on and seeds it; None, for evaluation, leaves it off.
+            **kwargs: Likewise: ``positions``, ``segment_ids`` and ``cache`` of a decoder.
+
+        Returns:
+            Logits; with a ``cache``, logits and the new cache.
         """
         module, rngs = self.module, None
         if dropout_key is not None:
-            module, rngs = module.clone(deterministic=False), {"dropout": dropout_key}
-        arrays = (None if x is None else jnp.asarray(x) for x in (attention_mask, token_type_ids))
-        logits = module.apply({"params": params}, jnp.asarray(input_ids), *arrays, rngs=rngs)
-        assert isinstance(logits, jax.Array)
-        return logits
+            module = module.clone(deterministic=False)  # type: ignore[call-arg]
+            rngs = {"dropout": dropout_key}
+        arrays = (None if x is None else jnp.asarray(x) for x in (attention_mask, *args))
+        return module.apply(
+            {"params": params}, jnp.asarray(input_ids), *arrays, rngs=rngs, **kwargs
+        )
 
 
 def from_pretrained(
@@ -103,13 +103,13 @@ def from_pretrained(
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: bool | str = False,
     new_head: bool | None = None,
     key: jax.Array | None = None,
     abstract: bool = False,
     revision: str | None = None,
 ) -> Pretrained:
-    """Reads a BERT or RoBERTa checkpoint.
+    """Reads a checkpoint of one of the families in `lora_jax.models`.
 
     Of a checkpoint made for another task only the encoder is used, and the head is drawn:
     matrices from a normal distribution of width ``initializer_range``, biases zero.
@@ -118,13 +118,16 @@ def from_pretrained(
         source: A directory with ``config.json`` and ``model.safetensors`` (or several files
             and their index), else a hub id; see `lora_jax.io.hub.find_checkpoint` for which is
             which. ``HF_HUB_OFFLINE=1`` keeps it off the network.
-        task: One of `lora_jax.models.TASKS`.
+        task: What the model is for: ``"causal-lm"`` of a decoder, or of an encoder one of
+            `lora_jax.models.bert.TASKS`.
         num_labels: Width of a classification head; None reads it from ``config.json``.
         dtype: Of the weights that are held.
         compute_dtype: Of the arithmetic; None means ``dtype``. Softmax and layer norms are
             computed in float32, and logits are float32, in any case.
         scan_layers: Stack the layers' weights along axis 0 and scan over them.
-        remat: Recompute each layer in the backward pass.
+        remat: What each layer recomputes in the backward pass: False or ``"none"`` nothing, True
+            or ``"full"`` everything, ``"dots"`` all but products of matrices, or a policy of
+            ``jax.checkpoint_policies``.
         new_head: None draws a head where the checkpoint has none, with a `NewHeadWarning`.
             True asks for a new head, whatever the checkpoint has. False demands a trained one.
         key: Seeds a new head; ``jax.random.key(0)`` if None.
@@ -141,18 +144,27 @@ def from_pretrained(
     """
     directory = hub.find_checkpoint(source, revision=revision, weights=not abstract)
     config_json = hugging_face.read_config_json(directory)
-    config = bert.read_config(config_json, num_labels)
-    names = bert.name_table(config, task, scan_layers=scan_layers)
-    module = bert.Bert(
+    family = family_of(config_json)
+    check_task(family, config_json["model_type"], task)
+    config = family.read_config(config_json, num_labels)
+    names = family.name_table(config, task, scan_layers=scan_layers)
+    module = family.make_module(
         config,
+        task,
         dtype=dtype if compute_dtype is None else compute_dtype,
         param_dtype=dtype,
-        task=task,
         scan_layers=scan_layers,
         remat=remat,
     )
     shapes = _shapes(module, names)
-    found, new = _match(directory, config_json, task, names, shapes, new_head, abstract)
+    found, new = _match(
+        directory,
+        _other_task(config_json, family.architecture(config, task)),
+        names,
+        shapes,
+        new_head,
+        abstract,
+    )
     if new and new_head is None:
         _announce(new, task, config_json)
     weights: dict[str, Any] = dict(shapes)
@@ -166,10 +178,12 @@ def from_pretrained(
             )
     params = unflatten_dict(weights, sep="/")
     hub_id = None if Path(source).expanduser().is_dir() else os.fspath(source)
-    return Pretrained(params, config, module, task, directory, new, names, config_json, hub_id)
+    return Pretrained(
+        params, config, module, family, task, directory, new, names, config_json, hub_id
+    )
 
 
-def _shapes(module: bert.Bert, names: NameTable) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(module: nn.Module, names: NameTable) -> dict[str, jax.ShapeDtypeStruct]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(module.init, jax.random.key(0), ids)
     shapes, _ = flatten(variables["params"])
@@ -179,8 +193,7 @@ def _shapes(module: bert.Bert, names: NameTable) -> dict[str, jax.ShapeDtypeStru
 
 def _match(
     directory: Path,
-    config_json: Mapping[str, Any],
-    task: str,
+    other_task: bool,
     names: NameTable,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     new_head: bool | None,
@@ -189,7 +202,7 @@ def _match(
     if abstract and not _has_weights(directory):
         return {}, ()
     tensors = hugging_face.find_tensors(directory)
-    if new_head or _other_task(config_json, task):
+    if new_head or other_task:
         tensors = {name: t for name, t in tensors.items() if not _in_a_head(names, name)}
     plain = {path: shape.shape for path, shape in shapes.items()}
     may_be_absent = () if new_head is False else _absent_heads(tensors, names)
@@ -206,11 +219,11 @@ def _has_weights(directory: Path) -> bool:
     return any((directory / name).is_file() for name in files)
 
 
-def _other_task(config_json: Mapping[str, Any], task: str) -> bool:
+def _other_task(config_json: Mapping[str, Any], architecture: str) -> bool:
     """Whether the checkpoint says that its head is another task's (or that it has none)."""
+    known = {architecture, architecture.replace("ForMaskedLM", "ForPreTraining")}
     architectures = config_json.get("architectures") or ()
-    ends = (_ARCHITECTURES[task], *(("ForPreTraining",) if task == "masked-lm" else ()))
-    return bool(architectures) and not any(name.endswith(ends) for name in architectures)
+    return bool(architectures) and known.isdisjoint(architectures)
 
 
 def _in_a_head(names: NameTable, tensor: str) -> bool:
@@ -224,7 +237,7 @@ def _absent_heads(tensors: Mapping[str, Any], names: NameTable) -> list[str]:
     heads: dict[str, list[str]] = {}
     for path in names.entries:
         top = path.partition("/")[0]
-        if top not in ("embeddings", "encoder"):
+        if top in names.drawn:
             heads.setdefault(top, []).append(path)
     return [
         path
@@ -277,15 +290,13 @@ def save_pretrained(
     dtype = {"dtype": dtypes[0], "torch_dtype": dtypes[0]} if len(dtypes) == 1 else {}
     labels = _labels(model)
     tokenizer = model.directory if model.directory.is_dir() else None
-    architecture = {"bert": "Bert", "roberta": "Roberta"}[model.config.model_type]
     config_json = {
         **{k: v for k, v in model.config_json.items() if k not in ("dtype", "torch_dtype")},
-        **dataclasses.asdict(model.config),
+        **model.family.config_fields(model.config),
         **dtype,
         **labels,
-        "architectures": [architecture + _ARCHITECTURES[model.task]],
+        "architectures": [model.family.architecture(model.config, model.task)],
     }
-    del config_json["num_labels"]
     return hugging_face.write_checkpoint(
         directory, model.names, weights, config_json, tokenizer=tokenizer, overwrite=overwrite
     )
@@ -301,9 +312,9 @@ def _plain(params: Any) -> dict[str, jax.Array]:
 
 def _labels(model: Pretrained) -> dict[str, Any]:
     """``id2label`` and ``label2id`` of a classification head, kept where they fit."""
-    count = model.config.num_labels
     if not model.task.endswith("classification"):
         return {}
+    count = model.config.num_labels
     if len(model.config_json.get("id2label") or ()) == count:
         return {}
     id2label = {str(index): f"LABEL_{index}" for index in range(count)}

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from lora_jax.io.names import NameTable, Row, expand
 from lora_jax.models._config import Fields, read_fields
+from lora_jax.models._remat import remat_layer
 
-FAMILIES = ("bert", "roberta")
+MODEL_TYPES = ("bert", "roberta")
 TASKS = (
     "sequence-classification",
     "token-classification",
@@ -74,8 +75,8 @@ class BertConfig:
     num_labels: int = 2
 
     def __post_init__(self):
-        if self.model_type not in FAMILIES:
-            raise ValueError(f"`model_type` must be one of {FAMILIES}, got {self.model_type!r}.")
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(f"`model_type` must be one of {MODEL_TYPES}, got {self.model_type!r}.")
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -304,12 +305,12 @@ class Layer(Block):
 class Unrolled(Block):
     """The layers one after another, named by their index."""
 
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         """``(B, T, hidden)`` to the same."""
-        layer = nn.remat(Layer) if self.remat else Layer
+        layer = remat_layer(Layer, self.remat, scanned=False)
         for index in range(self.config.num_hidden_layers):
             x, _ = layer(**_shared(self), name=str(index))(x, mask)
         return x, None
@@ -319,7 +320,7 @@ class Encoder(Block):
     """All layers, unrolled or scanned."""
 
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -327,7 +328,7 @@ class Encoder(Block):
         if not self.scan_layers:
             return Unrolled(**_shared(self), remat=self.remat, name="layers")(x, mask)[0]
         scanned = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            remat_layer(Layer, self.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (typed as int)
@@ -369,12 +370,13 @@ class Bert(Block):
         task: One of `TASKS`.
         scan_layers: One ``nn.scan`` over the layers: compiles in the time of one layer; the
             layers' weights are stacked along axis 0.
-        remat: Recompute each layer in the backward pass: memory for one layer's activations.
+        remat: What each layer recomputes in the backward pass, a policy's name or a bool; see
+            `lora_jax.models._remat`.
     """
 
     task: str = "sequence-classification"
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(
@@ -458,10 +460,8 @@ def name_table(config: BertConfig, task: str, *, scan_layers: bool) -> NameTable
     The bare encoder's names have no prefix, as in the files of the published encoder.
 
     Raises:
-        ValueError: The task is unknown, or the config does not allow it.
+        ValueError: The config does not allow the task.
     """
-    if task not in TASKS:
-        raise ValueError(f"Task {task!r} is unknown; known: {', '.join(TASKS)}.")
     if task == "masked-lm" and not config.tie_word_embeddings:
         raise ValueError("`tie_word_embeddings` is false; masked-lm has a tied decoder only.")
     heads, tied = _HEADS[config.model_type], _TIED[config.model_type]
@@ -474,12 +474,53 @@ def name_table(config: BertConfig, task: str, *, scan_layers: bool) -> NameTable
         unused=frozenset({*_UNUSED, *of_other_tasks, *tied}),
         renamed=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
         tied=tied if task == "masked-lm" else {},
+        heads=("classifier", "qa_outputs", "lm_head"),
+        drawn=("classifier", "qa_outputs", "lm_head", "pooler"),
     )
+
+
+def make_module(
+    config: BertConfig,
+    task: str,
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    scan_layers: bool,
+    remat: bool | str,
+) -> Bert:
+    """The module of a task; see `Bert`."""
+    return Bert(
+        config,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        task=task,
+        scan_layers=scan_layers,
+        remat=remat,
+    )
+
+
+def architecture(config: BertConfig, task: str) -> str:
+    """The name of the published class, such as ``"BertForMaskedLM"``."""
+    ends = {
+        "sequence-classification": "ForSequenceClassification",
+        "token-classification": "ForTokenClassification",
+        "question-answering": "ForQuestionAnswering",
+        "masked-lm": "ForMaskedLM",
+        "feature-extraction": "Model",
+    }
+    return {"bert": "Bert", "roberta": "Roberta"}[config.model_type] + ends[task]
+
+
+def config_fields(config: BertConfig) -> dict[str, Any]:
+    """The fields of ``config.json`` that describe the architecture."""
+    fields = dataclasses.asdict(config)
+    del fields["num_labels"]  # said by ``id2label``
+    return fields
 
 
 def _kernel_rows(path: str, module: str) -> tuple[Row, ...]:
     return (
-        Row(f"{path}/kernel", f"{module}.weight", transposed=True),
+        Row(f"{path}/kernel", f"{module}.weight", "linear"),
         Row(f"{path}/bias", f"{module}.bias"),
     )
 
@@ -492,7 +533,10 @@ def _encoder_rows(prefix: str) -> tuple[Row, ...]:
     ours, theirs = "encoder/layers/{layer}", f"{prefix}encoder.layer.{{layer}}"
     tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     return (
-        *(Row(f"embeddings/{t}/embedding", f"{prefix}embeddings.{t}.weight") for t in tables),
+        *(
+            Row(f"embeddings/{t}/embedding", f"{prefix}embeddings.{t}.weight", "embedding")
+            for t in tables
+        ),
         *_norm_rows("embeddings/norm", f"{prefix}embeddings.LayerNorm"),
         *_kernel_rows(f"{ours}/attention/query", f"{theirs}.attention.self.query"),
         *_kernel_rows(f"{ours}/attention/key", f"{theirs}.attention.self.key"),

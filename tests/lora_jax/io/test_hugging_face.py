@@ -208,7 +208,7 @@ def test_a_hub_id_that_is_not_cached_says_so_offline(tmp_path, monkeypatch):
 
 
 def test_writing_refuses_other_weights_and_a_full_directory(tmp_path):
-    table = NameTable(expand([Row("x/kernel", "x.weight", True)], 0, stacked=False), prefix="p")
+    table = NameTable(expand([Row("x/kernel", "x.weight", "linear")], 0, stacked=False), prefix="p")
     with pytest.raises(ValueError, match="not those of the model: x/kernel, y/kernel"):
         write_checkpoint(tmp_path / "new", table, {"y/kernel": np.zeros(2)}, {}, tokenizer=None)
     (tmp_path / "old").mkdir()

@@ -6,7 +6,7 @@ from lora_jax.io.names import NameTable, Row, expand
 
 ROWS = (
     Row("embeddings/embedding", "bert.embeddings.weight"),
-    Row("layers/{layer}/kernel", "bert.layer.{layer}.weight", transposed=True),
+    Row("layers/{layer}/kernel", "bert.layer.{layer}.weight", "linear"),
 )
 
 
