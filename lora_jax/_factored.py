@@ -87,7 +87,7 @@ class Factored(Tracked):
 
 def factor(weight: LoraWeight) -> Factored:
     """Lays the factors of a weight out along the weight's own axes."""
-    layout, w, factors = weight.factors.layout, weight.w, weight.factors
+    layout, w, factors = weight.factors.layout, weight.w, weight.factors.whole()
     a, b, keys = (
         _lay_out(part, layout, kinds, rank_axis)
         for part, kinds, rank_axis in (

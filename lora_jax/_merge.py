@@ -13,36 +13,56 @@ from jax.core import Tracer
 
 from ._partition import _frozen_leaves
 from ._paths import flatten, nearest
-from ._weights import LoraFactors, delta
+from ._weights import Factors, delta
 
 Tree = TypeVar("Tree")
 
 
-def merge(frozen: Tree, trainable: Mapping[str, Any]) -> Tree:
+def merge(frozen: Tree, trainable: Mapping[str, Any], *, dtype: Any = None) -> Tree:
     """Folds the trainable half into the frozen one: plain weights, as they were before `split`.
 
     Computed in float32 and rounded once, to the dtype of the weight. In bfloat16 an update below
-    about ``w / 256`` is therefore lost: merge into float32 weights to keep it.
+    about ``w / 256`` is therefore lost: ``dtype=jnp.float32`` keeps it.
 
     Args:
         frozen: The frozen half of `split`.
         trainable: The trainable half.
+        dtype: Of all merged weights of a float dtype; None keeps each weight's own.
 
     Returns:
-        The structure, shapes and dtypes of the original parameters. A weight whose update is
-        zero comes back bit for bit.
+        The structure and shapes of the original parameters, and their dtypes if ``dtype`` is
+        None. A weight whose update is zero then comes back bit for bit.
 
     Raises:
-        ValueError: The halves do not belong together, or a merged weight is not finite (checked
-            on concrete arrays; under a transformation there are no values to check).
+        ValueError: The halves do not belong together, ``dtype`` is not a float dtype, or a merged
+            weight is not finite (checked on concrete arrays; under a transformation there are
+            no values to check).
     """
+    check_float(dtype)
     leaves, treedef = _frozen_leaves(frozen, trainable)
-    for path, factors in trainable.items():
-        w = leaves[path]
-        merged = merge_weight(w, factors) if isinstance(factors, LoraFactors) else factors
+    merged = (merge_leaf(path, w, trainable.get(path), dtype) for path, w in leaves.items())
+    return treedef.unflatten(merged)
+
+
+def merge_leaf(path: str, w: Any, trained: Any, dtype: Any = None) -> Any:
+    """One leaf of the merged tree.
+
+    Args:
+        path: Its path.
+        w: The frozen leaf; None where it trains in full.
+        trained: What trains of it: `Factors`, the whole weight, or None for nothing.
+        dtype: As `merge` takes it.
+
+    Raises:
+        ValueError: The merged weight is not finite.
+    """
+    if isinstance(trained, Factors):
+        merged = merge_weight(w, trained, dtype=dtype)
+    else:
+        merged = _cast(w if trained is None else trained, dtype)
+    if merged is not w:
         _check_finite(path, merged)
-        leaves[path] = merged
-    return treedef.unflatten(leaves.values())
+    return merged
 
 
 def unmerge(params: Tree, trainable: Mapping[str, Any]) -> Tree:
@@ -64,17 +84,38 @@ def unmerge(params: Tree, trainable: Mapping[str, Any]) -> Tree:
                 f"{path!r} trains, but the merged tree has no such weight. "
                 f"The nearest is {' or '.join(map(repr, nearest(path, leaves)))}."
             )
-        is_adapted = isinstance(factors, LoraFactors)
+        is_adapted = isinstance(factors, Factors)
         leaves[path] = merge_weight(leaves[path], factors, sign=-1) if is_adapted else None
     return treedef.unflatten(leaves.values())
 
 
-def merge_weight(w: jax.Array, factors: LoraFactors, sign: int = 1) -> jax.Array:
-    """``w + sign * scale * a @ b``, in the factors' dtype, rounded once to the dtype of ``w``."""
-    update = sign * delta(factors)
-    merged = (w.astype(update.dtype) + update).astype(w.dtype)
+def merge_weight(w: jax.Array, factors: Factors, sign: int = 1, dtype: Any = None) -> jax.Array:
+    """``w + sign * scale * a @ b``, in the factors' dtype, rounded once.
+
+    The result has ``dtype``, or that of ``w`` if None.
+    """
+    update = sign * delta(factors.whole())
+    dtype = w.dtype if dtype is None else dtype
+    merged = (w.astype(update.dtype) + update).astype(dtype)
     lost_sign = (merged == 0) & (update == 0) & jnp.signbit(w)  # -0.0 + 0.0 is 0.0
-    return jnp.where(lost_sign, w, merged)
+    return jnp.where(lost_sign, w.astype(dtype), merged)
+
+
+def check_float(dtype: Any) -> None:
+    """Refuses a dtype that weights cannot be rounded to.
+
+    Raises:
+        ValueError: It is neither None nor a float dtype.
+    """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`dtype` must be a float dtype such as jnp.bfloat16, got {dtype!r}.")
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    if dtype is None or not is_float or leaf.dtype == dtype:
+        return leaf
+    return leaf.astype(dtype)
 
 
 def _check_finite(path: str, weight: Any) -> None:
@@ -83,6 +124,6 @@ def _check_finite(path: str, weight: Any) -> None:
     if not jnp.isfinite(weight).all():
         raise ValueError(
             f"{path!r} is not finite after merging in {weight.dtype}. Its factors have diverged, "
-            "or the sum leaves the range of the dtype: merge an earlier checkpoint, or into "
-            "float32 weights."
+            "or the sum leaves the range of the dtype: merge an earlier checkpoint, or with "
+            "dtype=jnp.float32."
         )

@@ -12,21 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from ._config import Layout, LoraConfig
+from ._parts import init_part_factors
 from ._paths import flatten, nearest
-from ._targets import select
-from ._weights import (
-    LoraFactors,
-    LoraWeight,
-    TrainedWeight,
-    factor_shapes,
-    init_factors,
-    is_node,
-    path_key,
-)
+from ._targets import Target, select
+from ._weights import Factors, LoraWeight, TrainedWeight, init_factors, is_node, path_key
 
 Tree = TypeVar("Tree")
 Trainable = dict[str, Any]
-"""Path -> `LoraFactors`, or the array itself for a weight that trains in full."""
+"""Path -> `Factors`, or the array itself for a weight that trains in full."""
 
 
 def split(
@@ -49,8 +42,9 @@ def split(
 
     Returns:
         ``frozen``, of the structure of ``params``, with ``None`` where a weight trains in full;
-        and ``trainable``, a dict from path to `LoraFactors` or to the fully trained array. The
-        leaves of ``trainable`` are exactly the arrays that train.
+        and ``trainable``, a dict from path to `LoraFactors` (`PartFactors` where the config
+        names ``parts``) or to the fully trained array. The leaves of ``trainable`` are exactly
+        the arrays that train.
 
     Raises:
         ValueError: A pattern matches nothing, or a weight cannot be adapted as asked. The message
@@ -72,10 +66,12 @@ def split(
         raise ValueError(f"{adapted[0]!r} is adapted already. Split the plain parameters.")
     weights = {path: leaf for path, leaf in leaves.items() if hasattr(leaf, "dtype")}
     adapted, trained = select(weights, config, layouts)
-    trainable: Trainable = {
-        path: init_factors(path, weights[path], target, config.dropout, key)
-        for path, target in adapted.items()
-    }
+
+    def init(path: str, target: Target) -> Factors:
+        draw = init_part_factors if target.parts else init_factors
+        return draw(path, weights[path], target, config.dropout, key)
+
+    trainable: Trainable = {path: init(path, target) for path, target in adapted.items()}
     trainable |= {path: weights[path] for path in trained}
     frozen = treedef.unflatten(None if path in trained else leaf for path, leaf in leaves.items())
     return frozen, dict(sorted(trainable.items()))
@@ -103,7 +99,7 @@ def combine(
         if path not in trainable:
             return w
         factors = trainable[path]
-        if not isinstance(factors, LoraFactors):
+        if not isinstance(factors, Factors):
             return TrainedWeight(factors)
         return LoraWeight(w, factors, _dropout_keys(dropout_key, path, factors), path)
 
@@ -150,7 +146,7 @@ def _frozen_leaves(frozen: Any, trainable: Mapping[str, Any]) -> tuple[dict[str,
                 f"{path!r} trains, but the frozen tree has no such weight. "
                 f"The nearest is {' or '.join(map(repr, nearest(path, leaves)))}."
             )
-        if isinstance(factors, LoraFactors) == (leaves[path] is None):
+        if isinstance(factors, Factors) == (leaves[path] is None):
             raise ValueError(
                 f"{path!r} is {'missing from' if leaves[path] is None else 'present in'} the "
                 "frozen tree, which is not how it was split. Combine two halves of one `split`."
@@ -160,21 +156,19 @@ def _frozen_leaves(frozen: Any, trainable: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def _check_shapes(path: str, w: Any, factors: Any) -> None:
-    if not isinstance(factors, LoraFactors) or not hasattr(w, "shape"):
+    if not isinstance(factors, Factors) or not hasattr(w, "shape"):
         return
     if not hasattr(factors.a, "shape") or not hasattr(factors.b, "shape"):
         return  # a tree of shardings or specs
-    found = factors.a.shape, factors.b.shape
-    fits = len(w.shape) == len(factors.layout)
-    wanted = factor_shapes(w.shape, factors.layout, factors.rank) if fits else None
-    if found != wanted:
+    if not factors.fits(w.shape):
         raise ValueError(
             f"{path!r} has shape {tuple(w.shape)}, and its factors of layout "
-            f"{' '.join(factors.layout)!r} have {found}. Combine two halves of one `split`."
+            f"{' '.join(factors.layout)!r} have {(factors.a.shape, factors.b.shape)}. "
+            "Combine two halves of one `split`."
         )
 
 
-def _dropout_keys(key: jax.Array | None, path: str, factors: LoraFactors) -> jax.Array | None:
+def _dropout_keys(key: jax.Array | None, path: str, factors: Factors) -> jax.Array | None:
     if key is None or factors.dropout == 0:
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

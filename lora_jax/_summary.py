@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ._config import Layout, LoraConfig
+from ._parts import target_shapes
 from ._paths import flatten
 from ._targets import select
-from ._weights import factor_shapes
 
 _HEADER = ("weight", "shape", "rank", "trained", "percent")
 
@@ -68,7 +68,7 @@ def summary(
     for path, weight in weights.items():
         size = math.prod(weight.shape)
         if path in adapted:
-            shapes = factor_shapes(weight.shape, adapted[path].layout, adapted[path].rank)
+            shapes = target_shapes(weight.shape, adapted[path])
             rows.append(_row(path, weight.shape, adapted[path].rank, sum(map(math.prod, shapes))))
         elif path in trained:
             rows.append(_row(path, weight.shape, None, size))

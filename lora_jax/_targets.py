@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ._config import ALL_LINEAR, Layout, LoraConfig, parse_layout
+from ._config import ALL_LINEAR, Layout, LoraConfig, Parts, parse_layout
 from ._paths import IMPLIED_NAMES, nearest
 
 _NOT_MATRICES = ("bias", "scale", "mean", "var")
@@ -20,12 +20,16 @@ _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head", "heads", "logi
 
 
 class Target(NamedTuple):
-    """One weight to adapt: its layout, its own rank and alpha, and the scale they make."""
+    """One weight to adapt: its layout, its own rank and alpha, and the scale they make.
+
+    ``parts`` says which of the equal parts of the out axis get factors; None, the whole weight.
+    """
 
     layout: Layout
     rank: int
     alpha: float
     scale: float
+    parts: Parts | None = None
 
 
 class Selection(NamedTuple):
@@ -66,7 +70,7 @@ def select(
             "Name it in `exclude`, or take it out of `train`."
         )
     paths = [path for path in weights if path in adapted]
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in ("rank_pattern", "alpha_pattern", "parts"):
         _matched(paths, getattr(config, field), f"`{field}` key", among="adapted weights")
     _matched(weights, config.layouts, "`layouts` key")
     for path in trained:
@@ -134,14 +138,31 @@ def _target(path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, La
     layout = _layout(path, weight, config, layouts)
     rank = _first_match(config.rank_pattern, path, config.rank)
     alpha = _first_match(config.alpha_pattern, path, config.alpha)
+    parts = _first_match(config.parts, path, None)
     sizes = {kind: _size(weight.shape, layout, kind) for kind in ("in", "out")}
+    if parts:
+        _check_parts(path, layout, sizes["out"], parts)
+        sizes["out"] //= len(parts)
     if rank > min(sizes.values()):
         raise ValueError(
-            f"{path!r} is a {sizes['in']} by {sizes['out']} matrix, so its rank can be at most "
-            f"{min(sizes.values())}, got {rank}. Lower it in `rank_pattern`, or name the weight "
-            "in `exclude`."
+            f"{path!r} is {f'{len(parts)} parts, each ' if parts else ''}a {sizes['in']} by "
+            f"{sizes['out']} matrix, so its rank can be at most {min(sizes.values())}, got {rank}. "
+            "Lower it in `rank_pattern`, or name the weight in `exclude`."
         )
-    return Target(layout, rank, alpha, config.scale(rank, alpha))
+    return Target(layout, rank, alpha, config.scale(rank, alpha), parts)
+
+
+def _check_parts(path: str, layout: Layout, size: int, parts: Parts) -> None:
+    if layout.count("out") != 1:
+        raise ValueError(
+            f"{path!r} has {layout.count('out')} out axes (its axes are {' '.join(layout)}), and "
+            "`parts` are counted along one. Adapt the whole weight, or reshape it to one out axis."
+        )
+    if size % len(parts):
+        raise ValueError(
+            f"The out axis of {path!r} has size {size}, which does not divide into the "
+            f"{len(parts)} equal parts of {parts}. Give one True or False for each part."
+        )
 
 
 def _layout(path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, Layout]) -> Layout:

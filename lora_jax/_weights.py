@@ -21,14 +21,13 @@ from ._config import Layout
 from ._targets import Target
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraFactors:
-    """What trains of one adapted weight: its only leaves are ``a`` and ``b``.
+class Factors:
+    """What trains of one adapted weight, of whichever kind: its only leaves are ``a`` and ``b``.
 
     Attributes:
-        a: ``(*stack, *in, rank)``, float32 (float64 under a float64 weight).
-        b: ``(*stack, rank, *out)``, of the same dtype, zero at the start.
+        a: The factor on the input's side, rank last, float32 (float64 under a float64 weight).
+        b: The factor on the output's side, of the same dtype, zero at the start.
         scale: ``alpha / rank``, static.
         layout: What each axis of the weight does, static.
         dropout: Probability of dropping an entry of the input of ``a``, static.
@@ -45,6 +44,30 @@ class LoraFactors:
         """Inner dimension: the last axis of ``a``."""
         return self.a.shape[-1]
 
+    def whole(self) -> "LoraFactors":
+        """The same update as factors of the whole weight, differentiable in ``a`` and ``b``."""
+        raise NotImplementedError
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether these are factors of a weight of this shape."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraFactors(Factors):
+    """Factors of a whole weight: ``a (*stack, *in, rank)`` and ``b (*stack, rank, *out)``."""
+
+    def whole(self) -> "LoraFactors":
+        """Itself."""
+        return self
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether these are factors of a weight of this shape."""
+        if len(shape) != len(self.layout):
+            return False
+        return (self.a.shape, self.b.shape) == factor_shapes(shape, self.layout, self.rank)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +76,13 @@ class LoraWeight:
 
     Attributes:
         w: The frozen weight.
-        factors: Its `LoraFactors`.
+        factors: Its `Factors`.
         dropout_keys: None, or a PRNG key for each stacked weight, ``(*stack)``: dropout is on.
         path: Where the weight stands in its tree, static.
     """
 
     w: Any
-    factors: LoraFactors
+    factors: Factors
     dropout_keys: jax.Array | None = None
     path: str = dataclasses.field(default="", metadata={"static": True})
 
@@ -77,7 +100,9 @@ def is_node(leaf: Any) -> bool:
     return isinstance(leaf, LoraWeight | TrainedWeight)
 
 
-def init_factors(path: str, weight: Any, target: Target, dropout: float, key: jax.Array):
+def init_factors(
+    path: str, weight: Any, target: Target, dropout: float, key: jax.Array
+) -> LoraFactors:
     """Draws the factors of one weight: ``a`` uniform in ``±1 / sqrt(in)``, ``b`` zero.
 
     The distribution is that of the reference implementation (Kaiming uniform with slope
@@ -91,13 +116,18 @@ def init_factors(path: str, weight: Any, target: Target, dropout: float, key: ja
         dropout: Probability of dropping an entry of the input of ``a``.
         key: The key of the whole tree.
     """
-    layout, rank = target.layout, target.rank
-    shape = factor_shapes(weight.shape, layout, rank)
+    layout = target.layout
+    a_shape, b_shape = factor_shapes(weight.shape, layout, target.rank)
+    a = draw_a(path_key(key, path), a_shape, weight, layout)
+    return LoraFactors(a, jnp.zeros(b_shape, a.dtype), target.scale, layout, dropout)
+
+
+def draw_a(key: jax.Array, shape: tuple[int, ...], weight: Any, layout: Layout) -> jax.Array:
+    """Draws ``a`` of one shape for a weight: uniform in ``±1 / sqrt(in)``."""
     fan_in = math.prod(n for n, kind in zip(weight.shape, layout, strict=True) if kind == "in")
     dtype = jnp.float64 if weight.dtype == jnp.float64 else jnp.float32
     bound = 1.0 / math.sqrt(fan_in)
-    a = jax.random.uniform(path_key(key, path), shape[0], dtype, -bound, bound)
-    return LoraFactors(a, jnp.zeros(shape[1], dtype), target.scale, layout, dropout)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def factor_shapes(

@@ -6,7 +6,7 @@ None of the functions knows of this library.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ class Case:
         inputs: Its other arguments.
         targets: Patterns of the weights to adapt.
         train: Patterns of the weights to train in full.
+        parts: Pattern -> which parts of the out axis to adapt.
         rounding: Relative error that two evaluations of the function may show in float64.
     """
 
@@ -38,6 +39,7 @@ class Case:
     inputs: tuple[Any, ...]
     targets: tuple[str, ...] = ("all-linear",)
     train: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
     rounding: float = ROUNDING
 
 
@@ -351,6 +353,33 @@ def split_into_three(n):
         return x @ q + jnp.tanh(x @ k) * (x @ v)
 
     return plain(fn, (n, 3 * n), normal(1, 4 * n, n))
+
+
+def _fused(w, x):
+    q, k, v = jnp.split(x @ w, 3, axis=1)
+    return q + jnp.tanh(k) * v
+
+
+@case
+def fused_in_part(n):
+    return plain(_fused, (n, 3 * n), normal(1, 4 * n, n), parts={"w": (True, False, True)})
+
+
+@case
+def fused_in_part_and_split(n):
+    def fn(w, x):
+        q, k, v = jnp.split(w, 3, axis=1)
+        return x @ q + jnp.tanh(x @ k) * (x @ v)
+
+    return plain(fn, (n, 3 * n), normal(1, 4 * n, n), parts={"w": (False, True, True)})
+
+
+@case
+def fused_in_part_and_scanned(n):
+    def fn(w, x):
+        return lax.scan(lambda x, w: (x + _fused(w, x), None), x, w)[0]
+
+    return plain(fn, (3, n, 3 * n), normal(1, 4 * n, n), parts={"w": (True, False, True)})
 
 
 @case

@@ -44,7 +44,9 @@ class Lifted:
         case = CASES[name](128)
         self.name, self.fn, self.rounding = name, case.fn, case.rounding
         self.params, self.inputs = _float64_tree(case.params), _float64_tree(case.inputs)
-        config = lora_jax.LoraConfig(rank=2, alpha=3, targets=case.targets, train=case.train)
+        config = lora_jax.LoraConfig(
+            rank=2, alpha=3, targets=case.targets, train=case.train, parts=case.parts
+        )
         layouts = lora_jax.layouts(case.fn, self.params, *self.inputs)
         split = jax.jit(lambda params, key: lora_jax.split(params, config, key, layouts=layouts))
         self.frozen, self.start = split(self.params, jax.random.key(1))

@@ -78,7 +78,7 @@ def test_command_is_declared(site):
 def test_lower_bounds_are_the_versions_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = project["dependencies"] + extras["train"]
+    requirements = [*project["dependencies"], *extras["train"], *extras["gguf"], *extras["scores"]]
     pinned = dict(
         re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M)
     )

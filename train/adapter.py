@@ -19,8 +19,8 @@ from lora_jax.io import peft
 
 from .batches import collate
 from .config import Config, lora_config
-from .model import adapt, inputs
-from .plan import Sets
+from .model import adapt
+from .tasks import Sets, task_of
 
 WEIGHTS = "weights.safetensors"
 EXAMPLES = 8  # as many as the check runs the model on
@@ -43,16 +43,30 @@ class Check(NamedTuple):
 
 
 def export(
-    directory: Path, model: models.Pretrained, trainable: Any, config: Config, sets: Sets
+    directory: Path,
+    model: models.Pretrained,
+    trainable: Any,
+    config: Config,
+    sets: Sets,
+    evaluation: dict[str, float],
 ) -> Check:
     """Saves what was trained, loads it again, and checks that it is whole.
+
+    Args:
+        directory: Where.
+        model: The base model.
+        trainable: What was trained.
+        config: The run's config.
+        sets: The run's data; its hash goes onto the adapter's card.
+        evaluation: The run's metrics, for the card as well.
 
     Raises:
         ValueError: What was loaded differs from what was saved, changes nothing, or differs
             once merged.
     """
     trainable = jax.device_get(trainable)
-    save(directory, model, trainable, config)
+    data_hash = task_of(config).fingerprint(sets.train)
+    save(directory, model, trainable, config, evaluation=evaluation, data_hash=data_hash)
     frozen, loaded = load(directory, model)
     for path, weight in trainable.items():
         for saved, found in zip(
@@ -61,7 +75,7 @@ def export(
             if not np.array_equal(saved, found):
                 raise ValueError(f"{directory}: {path} was not saved as it was trained.")
     files = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    return check(directory, model, frozen, loaded, sets, files)
+    return check(directory, model, frozen, loaded, config, sets, files)
 
 
 def check_savable(model: models.Pretrained, trainable: Any, config: Config) -> None:
@@ -80,10 +94,26 @@ def check_savable(model: models.Pretrained, trainable: Any, config: Config) -> N
         save(Path(directory) / "adapter", model, jax.device_get(trainable), config)
 
 
-def save(directory: Path, model: models.Pretrained, trainable: Any, config: Config) -> None:
+def save(
+    directory: Path,
+    model: models.Pretrained,
+    trainable: Any,
+    config: Config,
+    *,
+    evaluation: dict[str, float] | None = None,
+    data_hash: str | None = None,
+) -> None:
     """Saves the adapter in PEFT's format, or the trained weights where there is no adapter."""
-    if any(isinstance(weight, lora_jax.LoraFactors) for weight in trainable.values()):
-        peft.save_adapter(directory, trainable, lora_config(config.lora), model, overwrite=True)
+    if any(isinstance(weight, lora_jax.Factors) for weight in trainable.values()):
+        peft.save_adapter(
+            directory,
+            trainable,
+            lora_config(config),
+            model,
+            evaluation=evaluation,
+            data_hash=data_hash,
+            overwrite=True,
+        )
         return
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(
@@ -103,16 +133,23 @@ def load(directory: Path, model: models.Pretrained) -> tuple[Any, Any]:
 
 
 def check(
-    directory: Path, model: models.Pretrained, frozen: Any, trainable: Any, sets: Sets, size: int
+    directory: Path,
+    model: models.Pretrained,
+    frozen: Any,
+    trainable: Any,
+    config: Config,
+    sets: Sets,
+    size: int,
 ) -> Check:
     """Compares the base, the adapted and the merged model on a few examples."""
-    rows = np.arange(min(EXAMPLES, len(sets.evaluation.ids)))
-    batch = inputs(collate(sets.evaluation, rows))
-    plain = jax.jit(model.apply)
-    adapted = jax.jit(adapt(model))
-    base = plain(model.params, *batch)
-    logits = adapted(lora_jax.combine(frozen, trainable), *batch)
-    merged = plain(lora_jax.merge(frozen, trainable), *batch)
+    task, evaluation = task_of(config), sets.evaluation
+    rows = np.arange(min(EXAMPLES, len(evaluation.sizes)))
+    batch = collate(evaluation, rows, evaluation.lengths)
+    plain = jax.jit(lambda params: task.apply(model.apply, params, batch))
+    adapted = jax.jit(lambda params: task.apply(adapt(model), params, batch))
+    base = plain(model.params)
+    logits = adapted(lora_jax.combine(frozen, trainable))
+    merged = plain(lora_jax.merge(frozen, trainable))
     done = Check(
         size,
         float(jnp.abs(logits - base).max()),
@@ -137,7 +174,7 @@ def tolerance(model: models.Pretrained, trainable: Any, logits: jax.Array) -> fl
     one unit of precision, relatively; sums in another order by about sqrt(n). A unit for each
     adapted weight, since their errors add up, times the largest logit.
     """
-    adapted = [leaf for leaf in trainable.values() if isinstance(leaf, lora_jax.LoraFactors)]
+    adapted = [leaf.whole() for leaf in trainable.values() if isinstance(leaf, lora_jax.Factors)]
     widest = max((leaf.a.size // leaf.rank for leaf in adapted), default=1)
     weights = float(jnp.finfo(jax.tree.leaves(model.params)[0].dtype).eps)
     arithmetic = float(jnp.finfo(model.module.dtype).eps)

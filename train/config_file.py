@@ -12,7 +12,7 @@ import yaml
 from .config import PATHS, Config
 from .yaml_loader import Document, KeyPath, Problem, override, place_of, read
 
-DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".gz", ".gguf")
 
 
 class ConfigError(ValueError):
@@ -108,7 +108,7 @@ def _names_a_file(value: str) -> bool:
     """Whether a name that does not exist was meant as a file, and not as a hub name."""
     return (
         value.startswith((".", "/", "~"))
-        or value.endswith(DATA_SUFFIXES)
+        or value.endswith(FILE_SUFFIXES)
         or value.count("/") > 1
         or not value
     )
@@ -162,7 +162,7 @@ def _meaning(path: KeyPath) -> str:
     section, *keys = path
     fields = Config.model_fields[section].annotation.model_fields  # pyright: ignore
     if keys:
-        return fields[keys[0]].description
+        return " ".join(fields[keys[0]].description.split())
     return f"the section {section!r}, with {', '.join(fields)}"
 
 

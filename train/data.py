@@ -4,21 +4,13 @@ Whatever is wrong with the data is a ValueError that names the file, the row, th
 the nearest format that would do. Rows are counted from 1; a header is not a row.
 """
 
-import csv
 import difflib
 import random
-import re
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-import pandas
-from datasets.exceptions import DatasetGenerationError
-
 from .config import DataSection
+from .files import Rows, read_rows
 
 FORMATS = (
     ("premise", "hypothesis"),
@@ -32,7 +24,6 @@ FORMATS = (
 )
 """Columns that are recognised, pairs first; each with a `label` (or `labels`) beside it."""
 LABELS = ("label", "labels")
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
 
 class Examples(NamedTuple):
@@ -99,15 +90,12 @@ class Table(NamedTuple):
 
 def read_table(source: str, section: DataSection) -> Table:
     """Reads one file or hub data set and checks every row."""
-    rows = _read_file(Path(source), section) if Path(source).is_file() else _read_hub(source)
-    if not len(rows):
-        raise ValueError(f"{source} holds no rows.")
-    text, pair, label = _recognise(rows.column_names, section, source)
+    rows = read_rows(source, section.columns)
+    text, pair, label = _recognise(rows.columns, section, source)
     wanted = [column for column in (text, pair, label) if column]
-    columns = {column: list(rows[column]) for column in wanted}
-    _check_rows(rows, columns, label, source)
-    feature = rows.features[label]
-    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    columns = {column: [row[column] for row in rows.rows] for column in wanted}
+    _check_rows(rows, columns, label)
+    names = rows.names.get(label)
     pairs = columns[pair] if pair else None
     return Table(source, columns[text], pairs, _labels(columns[label], section.labels), names)
 
@@ -156,79 +144,6 @@ def _classes(label: Any, names: tuple[str, ...]) -> str:
     return f"The classes are {', '.join(names)}.{hint}"
 
 
-def _read_file(path: Path, section: DataSection) -> Any:
-    """Reads a local file by its suffix, into memory: nothing is left in a cache."""
-    readers = {
-        ".csv": lambda **to: datasets.Dataset.from_csv(str(path), **_csv(path, section), **to),
-        ".tsv": lambda **to: datasets.Dataset.from_csv(str(path), **_csv(path, section), **to),
-        ".json": lambda **to: datasets.Dataset.from_json(str(path), **to),
-        ".jsonl": lambda **to: datasets.Dataset.from_json(str(path), **to),
-        ".parquet": lambda **to: datasets.Dataset.from_parquet(str(path), **to),
-    }
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: cannot read {path.suffix!r} files; can read {list(readers)}.")
-    if not path.read_bytes()[:1]:
-        raise ValueError(f"{path} is empty.")
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
-            # Where the first row is longer than the header, pandas warns and drops a column.
-            warnings.simplefilter("error", pandas.errors.ParserWarning)
-            return readers[path.suffix.lower()](cache_dir=cache, keep_in_memory=True)
-    except DatasetGenerationError as error:
-        reason: Any = error.__cause__ or error
-        if isinstance(reason, pandas.errors.ParserWarning):
-            reason = "its rows have more cells than its header has names"
-        raise ValueError(f"{path} cannot be read: {reason}") from None
-    except ValueError as error:
-        if "no data" in str(error):  # a header and nothing else
-            raise ValueError(f"{path} holds no rows.") from None
-        raise
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-def _csv(path: Path, section: DataSection) -> dict[str, Any]:
-    """How to read CSV and TSV: every cell as the text it is, quotes special in CSV alone."""
-    tabs = path.suffix.lower() == ".tsv"
-    dialect: dict[str, Any] = (
-        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ","}
-    )
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        names = list(section.columns or next(csv.reader(file, **dialect), []))
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two columns have the same name: {names}.")
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    header = {"names": names, "header": None} if section.columns else {}
-    return {
-        "features": features,
-        "keep_default_na": False,  # the word "null" is a word
-        "index_col": False,  # the first column is a column
-        "encoding": "utf-8-sig",
-        **dialect,
-        **header,
-    }
-
-
-def _read_hub(source: str) -> Any:
-    """Loads `owner/name[:subset][@split]` from the hub, or from its cache."""
-    match = HUB_NAME.fullmatch(source)
-    if not match:
-        raise ValueError(
-            f"{source!r} is neither a file nor a hub data set, owner/name[:subset][@split]."
-        )
-    split = match["split"] or "train"
-    try:
-        return datasets.load_dataset(match["name"], match["subset"], split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{source!r} is no file here, and the hub gives no such data set: {reason}"
-        ) from None
-
-
 def _recognise(
     columns: Sequence[str], section: DataSection, source: str
 ) -> tuple[str, str | None, str]:
@@ -268,7 +183,7 @@ def _nearest_format(columns: Sequence[str]) -> str:
     return f"The nearest format is {', '.join((*nearest, LABELS[0]))}."
 
 
-def _check_rows(rows: Any, columns: dict[str, list], label: str, source: str) -> None:
+def _check_rows(rows: Rows, columns: dict[str, list], label: str) -> None:
     """Refuses empty and ill-typed cells; names the first five rows that have one."""
     bad = [
         (row, column, cells[row])
@@ -281,7 +196,8 @@ def _check_rows(rows: Any, columns: dict[str, list], label: str, source: str) ->
     lines = list(_describe(rows, sorted(bad, key=lambda item: item[0])[:5]))
     more = [f"and {len(bad) - 5} more"] if len(bad) > 5 else []
     raise ValueError(
-        f"{source} has {len(bad)} bad cell{'s' * (len(bad) > 1)}:\n  " + "\n  ".join(lines + more)
+        f"{rows.source} has {len(bad)} bad cell{'s' * (len(bad) > 1)}:\n  "
+        + "\n  ".join(lines + more)
     )
 
 
@@ -291,9 +207,9 @@ def _usable(cell: Any, is_label: bool) -> bool:
     return is_label and isinstance(cell, int)
 
 
-def _describe(rows: Any, bad: Sequence[tuple[int, str, Any]]) -> Iterator[str]:
+def _describe(rows: Rows, bad: Sequence[tuple[int, str, Any]]) -> Iterator[str]:
     for row, column, cell in bad:
-        keys = [key for key, value in rows[row].items() if value not in (None, "")]
+        keys = [key for key, value in rows.rows[row].items() if value not in (None, "")]
         found = "is empty" if cell in (None, "") else f"is {type(cell).__name__} {cell!r}"
         yield f"row {row + 1}: {column!r} {found}; its keys are {keys}. {_nearest_format(keys)}"
 

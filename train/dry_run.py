@@ -4,7 +4,7 @@ The memory is XLA's own figure for the very step that would run, compiled on sha
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import numpy as np
 from lora_jax import training
 
 from . import run_directory
-from .batches import load_tokenizer
+from .batches import collate
 from .config import Config
 from .config_file import to_yaml
 from .console import Console, size
 from .model import load_model, make_train_step, run_keys, split_model, summarise
 from .optimizer import make_optimizer
-from .plan import Sets, check_vocabulary, describe, load_sets, make_plan
+from .plan import check_vocabulary, make_plan
+from .tasks import Sets, shapes_of, task_of
 
 
 def dry_run(config: Config, console: Console) -> dict[str, Any]:
@@ -33,29 +34,29 @@ def dry_run(config: Config, console: Console) -> dict[str, Any]:
         ValueError: The config, the data or the model does not fit.
     """
     mesh = training.data_mesh()
-    sets = load_sets(config)
-    plan = make_plan(config, len(sets.train.ids), mesh)
-    model = load_model(config, len(sets.data.names), abstract=True)
-    check_vocabulary(sets, model.config.vocab_size)
+    task = task_of(config)
+    sets = task.load_sets(config)
+    plan = make_plan(config, len(sets.train.sizes), mesh)
+    model = load_model(config, len(sets.names) or None, abstract=True)
+    check_vocabulary((sets.train, sets.evaluation), model.config.vocab_size)
     frozen, trainable = split_model(model, config)
     summary = summarise(model, config)
 
     console.say(to_yaml(config, Path.cwd()))
     console.say(f"{summary}\n")
-    shown = example(sets, config)
+    shown = task.example(sets, config)
     console.table("The first training example", shown)
-    tokens = round(
-        plan.steps * config.training.batch_size * sets.train.tokens / len(sets.train.ids)
-    )
-    for line in describe(sets, config):
+    sizes = sets.train.sizes
+    tokens = round(plan.steps * config.training.batch_size * sum(sizes) / len(sizes))
+    for line in task.describe(sets, config):
         console.say(line)
     console.say(
-        f"{plan.steps} steps of {config.training.batch_size} examples, about {tokens:,} tokens; "
+        f"{plan.steps} steps of {config.training.batch_size} rows, about {tokens:,} tokens; "
         f"evaluated every {plan.evaluate_every} steps, saved every {plan.save_every}"
     )
 
     tx = make_optimizer(config.training, plan.steps)
-    step = make_train_step(model, tx, mesh)
+    step = make_train_step(task, model, tx, mesh, config.training.label_smoothing)
     key = run_keys(config.training.seed).steps
     state = jax.eval_shape(lambda trainable: training.init_state(trainable, tx, key), trainable)
 
@@ -82,35 +83,10 @@ def dry_run(config: Config, console: Console) -> dict[str, Any]:
     }
 
 
-def example(sets: Sets, config: Config) -> dict[str, str]:
-    """The first training example as the model gets it, beside its label.
-
-    The loss is on the label alone: the mask says which tokens the model attends to.
-    """
-    tokenizer = load_tokenizer(config.model.path)
-    examples, encoded = sets.data.train, sets.train
-    ids = encoded.ids[0].tolist()
-    rows = {"text": examples.texts[0]}
-    if examples.pairs:
-        rows["pair"] = examples.pairs[0]
-    rows |= {
-        "tokens": " ".join(tokenizer.convert_ids_to_tokens(ids)),
-        "input_ids": _list(ids),
-        "attention_mask": _list([1] * len(ids)) + " then 0 up to the batch's length",
-    }
-    if encoded.types:
-        rows["token_type_ids"] = _list(encoded.types[0].tolist())
-    label = examples.labels[0]
-    return rows | {"label": f"{label} ({sets.data.names[label]})"}
-
-
 def batch_shapes(sets: Sets, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of the longest batch."""
-    tokens = jax.ShapeDtypeStruct((batch_size, sets.train.lengths[-1]), np.int32)
-    shapes = {"input_ids": tokens, "attention_mask": tokens}
-    if sets.train.types:
-        shapes["token_type_ids"] = tokens
-    return shapes | {"labels": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+    longest = int(np.argmax(sets.train.sizes))
+    return shapes_of(collate(sets.train, [longest] * batch_size, sets.train.lengths[-1:]))
 
 
 def memory(program: Any) -> dict[str, int]:
@@ -156,9 +132,5 @@ def readable(needs: dict[str, int]) -> dict[str, str]:
         "weights, optimizer, batch": size(needs["arguments"]),
         "activations and the like": size(needs["temporary"]),
         "together": f"{size(needs['total'])} of the device's {size(needs['device'])}",
-        "largest batch that fits": f"about {needs['largest_batch']:,} examples",
+        "largest batch that fits": f"about {needs['largest_batch']:,} rows",
     }
-
-
-def _list(values: Sequence[int]) -> str:
-    return " ".join(map(str, values))

@@ -23,7 +23,9 @@ def main(arguments: Sequence[str]) -> int:
     from .console import Console
 
     try:
-        metrics = evaluate(options.run, Console(stderr=options.json), options.data)
+        metrics = evaluate(
+            options.run, Console(stderr=options.json), options.data, base=options.base
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -40,49 +42,61 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done; 2 the run or the data cannot be used",
     )
     top.add_argument("run", type=Path, help="the run's output directory")
-    top.add_argument("--data", help="a labelled file; without it the run's own evaluation rows")
+    top.add_argument(
+        "--data", help="a file of the run's format; without it the run's own evaluation rows"
+    )
+    top.add_argument("--base", action="store_true", help="the base model, without what was trained")
     top.add_argument("--json", action="store_true", help="print the metrics as JSON, and only it")
     return top
 
 
-def evaluate(directory: Path, console: Any, data: str | None = None) -> dict[str, float]:
+def evaluate(
+    directory: Path, console: Any, data: str | None = None, *, base: bool = False
+) -> dict[str, float]:
     """Loads a run's adapter onto its base model, and measures it.
 
     Args:
         directory: The run's output directory.
         console: Where to print.
-        data: A labelled file, read as the run's config reads its own; the run's own evaluation
-            rows if None.
+        data: A file, read as the run's config reads its own; the run's own evaluation rows if
+            None.
+        base: Measure the base model as it was before.
 
     Raises:
         ValueError: The directory holds no finished run, or the data cannot be used.
     """
+    import lora_jax
     from lora_jax import training
 
     from . import adapter, run_directory
-    from .batches import encode, load_tokenizer
-    from .finetune import compiled_once, predictions
-    from .metrics import classification_metrics
+    from .completion import make_complete
     from .model import load_model, make_eval_step
+    from .predictions import compiled_once, predictions
+    from .tasks import task_of
 
     config, names = read_run(directory, data)
-    examples = read_examples(config, names, data)
-    encoded = encode(load_tokenizer(config.model.path), examples, config.data.max_length)
-    model = load_model(config, len(names))
-    halves = adapter.load(directory / run_directory.ADAPTER, model)
+    task = task_of(config)
+    sets = task.load_evaluation(config, names, data)
+    model = load_model(config, len(names) or None)
+    halves = model.params, {}
+    if not base:
+        halves = adapter.load(directory / run_directory.ADAPTER, model)
 
     mesh = training.data_mesh()
     frozen, trainable = training.replicate(halves, mesh)
-    step = compiled_once(make_eval_step(model, mesh), "evaluation", console)
+    step = compiled_once(make_eval_step(task, model, mesh), "evaluation", console)
     batch_size = -(-config.training.batch_size // mesh.size) * mesh.size
-    logits = predictions(
+    outputs = predictions(
         lambda batch: step(trainable, frozen, training.shard_batch(batch, mesh)),
-        encoded,
+        sets.evaluation,
         batch_size,
     )
-    metrics = classification_metrics(logits, encoded.labels)
+    complete = make_complete(model, config, sets.tokenizer, console)
+    params = lora_jax.combine(frozen, trainable)
+    texts = task.write(sets, config, lambda prompts: complete(params, prompts), few=False)
+    metrics = task.metrics(outputs, sets.evaluation) | task.scores(sets, texts)
     rows = {name: f"{value:.4f}" for name, value in metrics.items()}
-    console.table(f"{directory} on {len(encoded.ids)} examples", rows)
+    console.table(f"{directory} on {len(outputs)} examples", rows)
     return metrics
 
 
@@ -93,21 +107,17 @@ def read_run(directory: Path, data: str | None) -> tuple[Any, tuple[str, ...]]:
 
     path = directory / run_directory.RESULT
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "classes" not in result:
+    if result.get("status") != "finished":
         raise ValueError(
             f"{directory} holds no finished run: it has no {run_directory.RESULT} with a score. "
             "Finish it with: python -m train CONFIG.yaml --resume"
         )
     # With other data, the run's own need not exist any more.
-    other = (f"data.train={json.dumps(data)}", "data.validation=null", "data.holdout=1")
+    other = (
+        f"data.train={json.dumps(data)}",
+        "data.validation=null",
+        "data.validation_limit=null",
+        "data.holdout=1",
+    )
     config = load(directory / run_directory.CONFIG, other if data else ())
     return config, tuple(result["classes"])
-
-
-def read_examples(config: Any, names: tuple[str, ...], data: str | None) -> Any:
-    """The labelled texts to evaluate on."""
-    from .data import load_data, number_labels, read_table
-
-    if data is None:
-        return load_data(config.data, config.model.num_labels).evaluation
-    return number_labels(read_table(config.data.train, config.data), names)

@@ -2,8 +2,9 @@
 
     state, metrics = train_step(state, frozen, batches[step])
 
-Everything that a step depends on follows from its number: the batch from grain's order, dropout
-from the run's key. So a run that was killed goes on from its last checkpoint bit for bit.
+Everything that a step depends on follows from its number: the batch from the order of the rows,
+dropout from the run's key. So a run that was killed goes on from its last checkpoint bit for bit.
+What the model is asked to do is in `tasks`; nothing here knows it.
 """
 
 import math
@@ -15,15 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import lora_jax
 from lora_jax import models, training
 from lora_jax.io import checkpoints
 
-from . import adapter, report, run_directory
-from .batches import Encoded, evaluation_batches, training_batches
-from .config import Config
+from . import adapter, completion, report, run_directory
+from .batches import Batches
+from .config import Config, best_metric
 from .config_file import differences, from_plain
 from .console import Console
-from .metrics import classification_metrics
 from .model import (
     load_model,
     make_eval_step,
@@ -33,7 +34,10 @@ from .model import (
     summarise,
 )
 from .optimizer import learning_rate_schedule, make_optimizer
-from .plan import Plan, Sets, check_vocabulary, describe, fingerprints, load_sets, make_plan
+from .plan import Plan, check_vocabulary, make_plan
+from .predictions import compiled_once, predictions
+from .tasks import Answers, Sets, Task, task_of
+from .traits import is_better_lower
 
 
 class NotFiniteError(ArithmeticError):
@@ -45,6 +49,7 @@ class Run(NamedTuple):
 
     config: Config
     console: Console
+    task: Task
     sets: Sets
     plan: Plan
     model: models.Pretrained
@@ -52,6 +57,7 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     train_step: Callable[..., Any]
     predict: Callable[[Any], np.ndarray]
+    complete: Callable[[Any, Any], list[str]]
     directory: Path
     saved: Any
 
@@ -69,28 +75,30 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     run, begin = prepare(config, console)
     state = resume(run, begin)
-    before = run.predict(begin.trainable)
+    before = answer(run, begin.trainable, few=True)
     if state is begin:
-        evaluate(run, 0, before)
+        evaluate(run, 0, before.outputs)
     del begin
     state = train(run, state)
     if config.output.weights == "best":
         state = checkpoints.restore(run.saved, state, run.saved.best_step()).state
     run.saved.close()
-    logits = run.predict(state.trainable)
-    return finish(run, state, before, logits, started)
+    after = answer(run, state.trainable, few=False)
+    return finish(run, state, before, after, started)
 
 
 def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]:
     """Everything before the first step. Nothing is written until all of it has been checked."""
     resuming = run_directory.check_directory(config)
     mesh = training.data_mesh()
-    sets = load_sets(config)
-    plan = make_plan(config, len(sets.train.ids), mesh)
-    for line in describe(sets, config):
+    task = task_of(config)
+    sets = task.load_sets(config)
+    plan = make_plan(config, len(sets.train.sizes), mesh)
+    for line in task.describe(sets, config):
         console.say(line)
-    model = load_model(config, len(sets.data.names))
-    check_vocabulary(sets, model.config.vocab_size)
+    model = load_model(config, len(sets.names) or None)
+    check_vocabulary((sets.train, sets.evaluation), model.config.vocab_size)
+    task.write(sets, config, completion.make_check(model, config, sets.tokenizer), few=False)
     if model.new:
         console.say(f"new head, drawn from the seed: {', '.join(model.new)}")
     frozen, trainable = split_model(model, config)
@@ -98,8 +106,9 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
     console.say(f"\n{summarise(model, config)}\n")
 
     tx = make_optimizer(config.training, plan.steps)
-    train_step = compiled_once(make_train_step(model, tx, mesh), "training", console)
-    eval_step = compiled_once(make_eval_step(model, mesh), "evaluation", console)
+    step = make_train_step(task, model, tx, mesh, config.training.label_smoothing)
+    train_step = compiled_once(step, "training", console)
+    eval_step = compiled_once(make_eval_step(task, model, mesh), "evaluation", console)
     state = training.init_state(trainable, tx, run_keys(config.training.seed).steps)
     state, frozen = training.replicate((state, frozen), mesh)
 
@@ -113,33 +122,21 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
     saved = checkpoints.open_checkpoints(
         directory / run_directory.CHECKPOINTS,
         keep=config.training.keep,
-        best="min" if config.training.best_metric == "loss" else "max",
+        best="min" if is_better_lower(best_metric(config)) else "max",
     )
-    fixed = (config, console, sets, plan, model, frozen, mesh, train_step, predict)
+    complete = completion.make_complete(model, config, sets.tokenizer, console)
+    fixed = (config, console, task, sets, plan, model, frozen, mesh, train_step, predict, complete)
     return Run(*fixed, directory, saved), state
 
 
-def compiled_once(step: Any, name: str, console: Console) -> Callable[..., Any]:
-    """A jitted step whose compilations, one for each padded length, are announced and timed."""
-    programs: dict[tuple[int, ...], Any] = {}
+def answer(run: Run, trainable: Any, *, few: bool) -> Answers:
+    """What the model says of the evaluation rows, and what it writes."""
 
-    def call(*arguments: Any) -> Any:
-        shape = arguments[-1]["input_ids"].shape
-        if shape not in programs:
-            with console.compiling(f"{name}, {shape[0]} x {shape[1]} tokens"):
-                programs[shape] = step.lower(*arguments).compile()
-        return programs[shape](*arguments)
+    def complete(prompts: Any) -> list[str]:
+        return run.complete(lora_jax.combine(run.frozen, trainable), prompts)
 
-    return call
-
-
-def predictions(call: Callable[[Any], jax.Array], encoded: Encoded, batch_size: int) -> np.ndarray:
-    """Logits ``(examples, classes)`` in the examples' order, each example counted once."""
-    logits: dict[int, np.ndarray] = {}
-    for rows, batch in evaluation_batches(encoded, batch_size):
-        # The zip ends with the rows: what only filled the batch up is left behind.
-        logits.update(zip(rows.tolist(), jax.device_get(call(batch)), strict=False))
-    return np.stack([logits[row] for row in range(len(encoded.ids))])
+    texts = run.task.write(run.sets, run.config, complete, few=few)
+    return Answers(run.predict(trainable), texts)
 
 
 def resume(run: Run, begin: training.TrainState) -> training.TrainState:
@@ -154,7 +151,7 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
         changed = differences(from_plain(notes["config"]), run.config)
         changed += [
             f"the {name} data: hash {notes['data'][name]} -> {found}"
-            for name, found in fingerprints(run.sets).items()
+            for name, found in fingerprints(run).items()
             if notes["data"][name] != found
         ]
         run.console.say(f"resuming at step {step} of {run.plan.steps}")
@@ -172,10 +169,11 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
 def train(run: Run, state: training.TrainState) -> training.TrainState:
     """The loop: a step, and now and then a look at the loss, an evaluation, a checkpoint."""
     section, plan = run.config.training, run.plan
-    batches = training_batches(
+    batches = Batches(
         run.sets.train,
         section.batch_size,
         section.seed,
+        run.task.make_order,
         group_by_length=section.group_by_length,
     )
     schedule = learning_rate_schedule(section, plan.steps)
@@ -214,7 +212,7 @@ def log(run: Run, figures: list[dict[str, Any]], seconds: float) -> None:
     Raises:
         NotFiniteError: A loss or a gradient is not finite.
     """
-    per_epoch = len(run.sets.train.ids) / run.config.training.batch_size
+    per_epoch = len(run.sets.train.sizes) / run.config.training.batch_size
     rows = [
         {
             "step": row["step"],
@@ -255,33 +253,42 @@ def stopped(run: Run, row: dict[str, Any]) -> str:
     return message
 
 
-def evaluate(run: Run, step: int, logits: np.ndarray) -> float:
-    """Writes and shows the metrics of some logits; returns the one that the best is chosen by."""
-    metrics = classification_metrics(logits, run.sets.evaluation.labels)
+def evaluate(run: Run, step: int, outputs: np.ndarray) -> float:
+    """Writes and shows the metrics of some outputs; returns the one that the best is chosen by."""
+    metrics = run.task.metrics(outputs, run.sets.evaluation)
     run_directory.append_rows(run.directory, [{"step": step, "evaluation": metrics}])
     run.console.evaluation(step, metrics)
-    return metrics[run.config.training.best_metric]
+    return metrics[best_metric(run.config)]
 
 
 def save(run: Run, step: int, state: training.TrainState, score: float | None) -> None:
     """Saves a checkpoint, with what must be equal for a run to go on from it."""
-    notes = {"config": run.config.model_dump(mode="json"), "data": fingerprints(run.sets)}
+    notes = {"config": run.config.model_dump(mode="json"), "data": fingerprints(run)}
     checkpoints.save(run.saved, step, state, notes=notes, score=score)
 
 
+def fingerprints(run: Run) -> dict[str, str]:
+    """A short hash of each set, to know it by when a run resumes."""
+    sets = {"training": run.sets.train, "evaluation": run.sets.evaluation}
+    return {name: run.task.fingerprint(encoded) for name, encoded in sets.items()}
+
+
 def finish(
-    run: Run, state: training.TrainState, before: np.ndarray, logits: np.ndarray, started: float
+    run: Run, state: training.TrainState, before: Answers, after: Answers, started: float
 ) -> dict[str, Any]:
     """Saves the adapter, checks it, and writes the result and the report."""
-    directory = run.directory
+    directory, task, sets = run.directory, run.task, run.sets
+    metrics = task.metrics(after.outputs, sets.evaluation) | task.scores(sets, after.texts)
     check = adapter.export(
-        directory / run_directory.ADAPTER, run.model, state.trainable, run.config, run.sets
+        directory / run_directory.ADAPTER, run.model, state.trainable, run.config, sets, metrics
     )
     rows = run_directory.read_rows(directory)
     result = {
         "status": "finished",
-        "classes": run.sets.data.names,
-        **report.figures(run.model, state, rows, logits, run.sets.evaluation.labels),
+        "classes": sets.names,
+        task.HEADLINE: metrics[task.HEADLINE],
+        "metrics": metrics,
+        **report.figures(run.model, state, rows),
         "checkpoint_bytes": check.bytes,
         "self_check": check._asdict(),
         "compile_seconds": run.console.compile_seconds,
@@ -289,6 +296,6 @@ def finish(
     }
     run_directory.write_json(directory / run_directory.RESULT, result)
     summary = summarise(run.model, run.config)
-    report.write(directory, run.config, result, rows, summary, run.sets, before, logits)
+    report.write(directory, run.config, result, rows, summary, sets, before, after)
     run.console.table(f"Finished: {directory}", report.headline(result))
     return result

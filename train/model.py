@@ -11,6 +11,7 @@ import lora_jax
 from lora_jax import models, training
 
 from .config import Config, lora_config
+from .tasks import Task
 
 Key = jax.Array
 
@@ -28,12 +29,14 @@ def run_keys(seed: int) -> Keys:
     return Keys(*jax.random.split(jax.random.key(seed), 3))
 
 
-def load_model(config: Config, num_labels: int, *, abstract: bool = False) -> models.Pretrained:
+def load_model(
+    config: Config, num_labels: int | None, *, abstract: bool = False
+) -> models.Pretrained:
     """Loads the model that the config names; a head that it lacks is drawn from the run's seed.
 
     Args:
         config: The run's config.
-        num_labels: How many classes the data has.
+        num_labels: How many classes the data has; None of a decoder.
         abstract: Give shapes for weights, and read no weights.
 
     Raises:
@@ -49,6 +52,7 @@ def load_model(config: Config, num_labels: int, *, abstract: bool = False) -> mo
             dtype=jnp.dtype(section.dtype),
             compute_dtype=section.compute_dtype and jnp.dtype(section.compute_dtype),
             scan_layers=section.scan_layers,
+            remat=section.remat,
             new_head=section.new_head or None,
             key=run_keys(config.training.seed).head,
             abstract=abstract,
@@ -64,7 +68,7 @@ def load_model(config: Config, num_labels: int, *, abstract: bool = False) -> mo
 def split_model(model: models.Pretrained, config: Config) -> tuple[Any, Any]:
     """The model's weights as ``(frozen, trainable)``; shapes if the model's are shapes."""
     key = run_keys(config.training.seed).adapters
-    adapters, layouts = lora_config(config.lora), weight_layouts(model)
+    adapters, layouts = lora_config(config), weight_layouts(model)
     if isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
         return jax.eval_shape(
             lambda params: lora_jax.split(params, adapters, key, layouts=layouts), model.params
@@ -75,37 +79,41 @@ def split_model(model: models.Pretrained, config: Config) -> tuple[Any, Any]:
 def weight_layouts(model: models.Pretrained) -> Any:
     """Which axes of each weight are in, out and stacked, read from the model itself."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return lora_jax.layouts(model.apply, model.params, tokens, tokens, tokens)
+    return lora_jax.layouts(model.apply, model.params, tokens, tokens)
 
 
 def summarise(model: models.Pretrained, config: Config) -> Any:
     """The table of weights that train."""
-    return lora_jax.summary(model.params, lora_config(config.lora), layouts=weight_layouts(model))
+    return lora_jax.summary(model.params, lora_config(config), layouts=weight_layouts(model))
 
 
 def make_train_step(
-    model: models.Pretrained, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    task: Task,
+    model: models.Pretrained,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    smoothing: float,
 ) -> Any:
-    """The jitted train step of a classifier: `(state, frozen, batch) -> (state, metrics)`."""
+    """The jitted train step: `(state, frozen, batch) -> (state, metrics)`."""
     adapted = adapt(model)
 
     def loss_fn(trainable: Any, frozen: Any, batch: Any, keys: training.StepKeys) -> jax.Array:
         params = lora_jax.combine(frozen, trainable, dropout_key=keys.lora)
-        logits = adapted(params, *inputs(batch), dropout_key=keys.model)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-        return losses.mean()
+        logits = task.apply(adapted, params, batch, dropout_key=keys.model)
+        return task.loss(logits, batch, smoothing)
 
     return training.make_train_step(loss_fn, tx, mesh)
 
 
-def make_eval_step(model: models.Pretrained, mesh: jax.sharding.Mesh) -> Any:
-    """The jitted eval step of a classifier: `(trainable, frozen, batch) -> logits`."""
+def make_eval_step(task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh) -> Any:
+    """The jitted eval step: `(trainable, frozen, batch) -> what the task keeps of the logits`."""
     adapted = adapt(model)
 
-    def logits_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        return adapted(lora_jax.combine(frozen, trainable), *inputs(batch))
+    def outputs_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        logits = task.apply(adapted, lora_jax.combine(frozen, trainable), batch)
+        return task.outputs(logits, batch)
 
-    return training.make_eval_step(logits_fn, mesh)
+    return training.make_eval_step(outputs_fn, mesh)
 
 
 def adapt(model: models.Pretrained) -> Any:
@@ -114,8 +122,3 @@ def adapt(model: models.Pretrained) -> Any:
     It would raise rather than form `w + a @ b` anywhere.
     """
     return lora_jax.adapt(model.apply, on_materialize="error")
-
-
-def inputs(batch: Any) -> tuple[Any, Any, Any]:
-    """A batch as the model's positional arguments."""
-    return batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")

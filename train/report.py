@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import resource
 import statistics
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 
 from lora_jax import models, training
@@ -18,27 +18,19 @@ from lora_jax import models, training
 from .config import Config
 from .config_file import to_yaml
 from .console import duration, size
-from .metrics import classification_metrics, probabilities
-from .plan import Sets
 from .run_directory import CURVES, REPORT, write_text
-
-EXAMPLES = 8
+from .tasks import Answers, Sets, task_of
 
 
 def figures(
     model: models.Pretrained,
     state: training.TrainState,
     rows: Sequence[dict[str, Any]],
-    logits: np.ndarray,
-    labels: np.ndarray,
 ) -> dict[str, Any]:
-    """The figures of a run, from its weights, its metrics file and its last predictions."""
-    metrics = classification_metrics(logits, labels)
+    """The figures of a run, from its weights and its metrics file."""
     steps = [row for row in rows if "loss" in row]
     seconds = [row["seconds"] for row in steps]
     return {
-        "accuracy": metrics["accuracy"],
-        "metrics": metrics,
         "steps": int(state.step),
         "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
         "total_parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
@@ -80,56 +72,70 @@ def write(
     rows: Sequence[dict[str, Any]],
     summary: Any,
     sets: Sets,
-    before: np.ndarray,
-    after: np.ndarray,
+    before: Answers,
+    after: Answers,
 ) -> None:
     """Draws the curves and writes the page, which needs no other file."""
-    draw_curves(directory / CURVES, rows)
-    image = base64.b64encode((directory / CURVES).read_bytes()).decode()
+    task = task_of(config)
     weights = [
         (row.path, " x ".join(map(str, row.shape)), row.rank or "full", f"{row.trained:,}")
         for row in summary.rows
     ]
+    examples = task.examples(sets, before, after)
+    start = task.metrics(before.outputs, sets.evaluation)[task.HEADLINE]
     page = PAGE.format(
         title=html.escape(directory.name),
-        score=f"{result['accuracy']:.1%}",
-        start=f"{classification_metrics(before, sets.evaluation.labels)['accuracy']:.1%}",
-        rows=len(sets.evaluation.ids),
-        image=image,
+        metric=task.HEADLINE,
+        score=score(result[task.HEADLINE], task.HEADLINE),
+        start=score(start, task.HEADLINE),
+        rows=len(before.outputs),
+        curves=_curves(directory / CURVES, rows, task.CURVES),
         figures=_table((), headline(result).items()),
-        examples=_table(
-            ("text", "label", "before", "after"), _example_rows(sets, before, after), "examples"
-        ),
+        examples=_table(examples.header, examples.rows, "examples"),
         weights=_table(("weight", "shape", "rank", "trained"), weights),
         config=html.escape(to_yaml(config, directory)),
     )
     write_text(directory / REPORT, page)
 
 
-def draw_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Loss, learning rate and evaluation over steps, as one image."""
+def score(value: float, metric: str) -> str:
+    """A share in percent, anything else as a number."""
+    return f"{value:.1%}" if metric == "accuracy" else f"{value:.4g}"
+
+
+def _curves(path: Path, rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:
+    """The curves as HTML; a line that says so where nothing can draw them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "There is no matplotlib to draw them: pip install 'lora_jax[train]'."
+    draw_curves(path, rows, metrics)
+    image = base64.b64encode(path.read_bytes()).decode()
+    about = "loss, evaluation and learning rate over steps"
+    return f'<img alt="{about}" src="data:image/png;base64,{image}">'
+
+
+def draw_curves(path: Path, rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
+    """Loss, learning rate and the metrics of these names over steps, as one image."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "evaluation" in row]
-    at, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    steps = [row for row in rows if "loss" in row]
+    at, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
+    evaluations = [row for row in rows if "evaluation" in row]
+    evaluated = [row["step"] for row in evaluations]
+
+    def measured(metric: str) -> list[float]:
+        return [row["evaluation"][metric] for row in evaluations]
+
     left.plot(at, losses, color="#b9c4e6", linewidth=1, label="training, each step")
     left.plot(at, smooth(losses), color="#3554b5", linewidth=2, label="training, smoothed")
-    evaluated = [row["step"] for row in evaluations]
-    left.plot(
-        evaluated,
-        [row["evaluation"]["loss"] for row in evaluations],
-        "o-",
-        color="#d9822b",
-        label="evaluation",
-    )
+    left.plot(evaluated, measured("loss"), "o-", color="#d9822b", label="evaluation")
     left.set(title="loss", xlabel="step")
     left.legend(frameon=False)
-    for name, color in (("accuracy", "#2a7f62"), ("f1", "#8e5ea2"), ("matthews", "#777777")):
-        values = [row["evaluation"][name] for row in evaluations]
-        middle.plot(evaluated, values, "o-", color=color, label=name)
+    for name, color in zip(metrics, ("#2a7f62", "#8e5ea2", "#777777"), strict=False):
+        middle.plot(evaluated, measured(name), "o-", color=color, label=name)
     middle.set(title="evaluation", xlabel="step")
     middle.legend(frameon=False)
     right.plot(at, [row["learning_rate"] for row in steps], color="#3554b5", linewidth=2)
@@ -147,23 +153,6 @@ def smooth(values: Sequence[float], span: int = 20) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - span)
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def _example_rows(
-    sets: Sets, before: np.ndarray, after: np.ndarray
-) -> Iterable[tuple[str, str, str, str]]:
-    """The first evaluation examples, with what the model said of them before and after."""
-    examples, names = sets.data.evaluation, sets.data.names
-    for row in range(min(EXAMPLES, len(examples.texts))):
-        pair = f" ‖ {examples.pairs[row]}" if examples.pairs else ""
-        label = examples.labels[row]
-        cells = []
-        for logits in (before, after):
-            shares = probabilities(logits[row][None])[0]
-            guess = int(shares.argmax())
-            mark = "✓" if guess == label else "✗"
-            cells.append(f"{mark} {names[guess]} ({shares[guess]:.0%})")
-        yield examples.texts[row] + pair, names[label], cells[0], cells[1]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
@@ -190,15 +179,14 @@ table {{ border-collapse: collapse; width: 100%; }}
 td, th {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #eef;
   vertical-align: top; }}
 th {{ color: #667; font-weight: 500; }}
-.examples td:nth-child(n+2) {{ white-space: nowrap; }}
+.examples td {{ white-space: pre-wrap; }} .examples td:nth-child(n+2) {{ min-width: 7rem; }}
 pre {{ font-size: 13px; overflow-x: auto; }}
 </style></head><body>
 <h1>{title}</h1>
 <section><div class="score">{score}</div>
-accuracy on {rows} evaluation examples <span class="quiet">({start} before training)</span>
+{metric} on {rows} evaluation examples <span class="quiet">({start} before training)</span>
 </section>
-<section><h2>Curves</h2><img alt="loss, evaluation and learning rate over steps"
- src="data:image/png;base64,{image}"></section>
+<section><h2>Curves</h2>{curves}</section>
 <section><h2>Figures</h2>{figures}</section>
 <section><h2>The same examples, before and after</h2>{examples}</section>
 <section><h2>What was trained</h2>{weights}</section>

@@ -26,9 +26,8 @@ import lora_jax
 from lora_jax import models
 from lora_jax.io import peft
 from train.config_file import load
-from train.finetune import predictions
-from train.model import inputs
-from train.plan import Sets, load_sets
+from train.predictions import predictions
+from train.tasks import Sets, classification
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[2]))
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -63,7 +62,7 @@ def main() -> int:
     console.print(comparison(results))
     if not short:
         console.print(REFERENCE)
-    shipped = ship(load_sets(load(CONFIG, SHORT if short else ())))
+    shipped = ship(classification.load_sets(load(CONFIG, SHORT if short else ())))
     console.print(
         f"\nMerged into plain weights and loaded again ({RUNS / 'merged'}): "
         f"{shipped.equal} of {shipped.count} answers are the adapted model's; "
@@ -125,12 +124,12 @@ class Shipped(NamedTuple):
 def ship(sets: Sets) -> Shipped:
     """Merges the adapter, saves plain weights, loads them, and asks both models everything."""
     base = models.from_pretrained(
-        load(CONFIG).model.path, num_labels=len(sets.data.names), new_head=True
+        load(CONFIG).model.path, num_labels=len(sets.names), new_head=True
     )
     frozen, trainable = peft.load_adapter(directory_of("LoRA") / "adapter", base)[:2]
     merged = lora_jax.merge(frozen, trainable)
     models.save_pretrained(RUNS / "merged", base, merged, overwrite=True)
-    plain = models.from_pretrained(RUNS / "merged", num_labels=len(sets.data.names))
+    plain = models.from_pretrained(RUNS / "merged", num_labels=len(sets.names))
 
     adapted = lora_jax.adapt(base.apply, on_materialize="error")
     before = answers(adapted, lora_jax.combine(frozen, trainable), sets)
@@ -141,7 +140,7 @@ def ship(sets: Sets) -> Shipped:
 
 def answers(apply: Any, params: Any, sets: Sets) -> np.ndarray:
     """The class that a model gives each held-out sentence."""
-    logits = jax.jit(lambda params, batch: apply(params, *inputs(batch)))
+    logits = jax.jit(lambda params, batch: classification.apply(apply, params, batch))
     return predictions(lambda batch: logits(params, batch), sets.evaluation, 32).argmax(-1)
 
 

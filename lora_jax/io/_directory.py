@@ -26,6 +26,7 @@ def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         raise ValueError(f"{target} is a file: name a directory.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{target} holds files already: pass overwrite=True or a new name.")
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     beside.mkdir()
@@ -34,6 +35,9 @@ def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         _replace(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        for parent in made:  # the nearest first; those that hold something stay
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _replace(beside: Path, target: Path) -> None:

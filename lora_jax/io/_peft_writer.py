@@ -5,21 +5,27 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from lora_jax._config import LoraConfig
-from lora_jax._weights import LoraFactors
-from lora_jax.io import _adapter_config
-from lora_jax.io._adapter_config import PREFIX, WEIGHTS
+from lora_jax._parts import PartFactors
+from lora_jax._weights import Factors
+from lora_jax.io import _adapter_config, _card, _peft_keys, _peft_modules, _peft_tied, _peft_trained
+from lora_jax.io._adapter_config import HEAD_TYPES, TASK_TYPES, WEIGHTS, commonest, tidy
 from lora_jax.io._directory import new_directory
-from lora_jax.io.hugging_face import published_tensors
-from lora_jax.io.names import NameTable, Published
+from lora_jax.io._peft_matching import covering_names
+from lora_jax.io._peft_modules import Module
+from lora_jax.io._peft_parts import write_note
+from lora_jax.io._peft_trained import Trained
+from lora_jax.io.hub import looks_like_path
+from lora_jax.io.names import NameTable
 
 if TYPE_CHECKING:
     from lora_jax.models import Pretrained
+
+Profile = Literal["peft", "vllm"]
 
 
 def save_adapter(
@@ -28,164 +34,214 @@ def save_adapter(
     config: LoraConfig,
     model: "Pretrained",
     *,
+    profile: Profile = "peft",
     base_model: str | None = None,
+    evaluation: Mapping[str, float] | None = None,
+    data_hash: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes what was trained as an adapter that PEFT loads, whole or not at all.
 
+    A kernel adapted in part becomes one block adapter of the whole kernel, and a tied embedding
+    the adapters of both of its modules. Biases train in PEFT as those of all adapted modules or
+    as all there are.
+
     Args:
-        directory: Where; made, with its parents.
+        directory: Where; made, with its parents. It gets ``adapter_config.json``,
+            ``adapter_model.safetensors`` and the card, ``README.md``.
         trainable: The trainable half of `lora_jax.split`.
         config: The config that it was split with.
         model: The model that was split.
-        base_model: Hub id of the base, for ``base_model_name_or_path``; the id that ``model``
-            was loaded by if None, and null if that was a directory.
+        profile: ``"vllm"`` writes what vLLM reads: one rank and one scale, others put into
+            ``b``; no rsLoRA, nothing trained in full.
+        base_model: Hub id of the base, for ``base_model_name_or_path`` and the card; the id that
+            ``model`` was loaded by if None, and left out if that was a directory.
+        evaluation: What the card says of the adapter: metric to value.
+        data_hash: What the card says of the data that it was trained on.
         overwrite: Whether a directory that holds files may be replaced.
 
     Raises:
-        ValueError: Weights that the format cannot express here, all of them listed: targets
-            that are not matrices of Linear modules, a module of which only a part is trained,
-            a newly drawn head that is not trained; or ``directory`` holds files.
+        ValueError: Weights that the format cannot express, all of them listed: targets that are
+            neither matrices nor embeddings, a module of which only a part is trained, a newly
+            drawn head that is not trained, and what the profile has not; or ``base_model`` is a
+            path, or ``directory`` holds files.
     """
-    low_rank = {path: f for path, f in trainable.items() if isinstance(f, LoraFactors)}
-    full = {path: weight for path, weight in trainable.items() if path not in low_rank}
-    problems = [
-        *_unnamed(trainable, model.names),
-        *(p for path, f in low_rank.items() for p in _inexpressible(path, f, model)),
-        *_partly_trained(full, model),
-        *_untrained(full, model),
-    ]
-    if problems or not low_rank:
-        listed = "".join(f"\n  {p}" for p in problems or ["no weight is adapted: save the model"])
-        raise ValueError(f"This cannot be written as an adapter:{listed}")
-    modules = [m for path, f in low_rank.items() for m in _modules(model.names.entries[path], f)]
-    tensors = {PREFIX + m.name + ".lora_A.weight": m.a.T for m in modules}
-    tensors |= {PREFIX + m.name + ".lora_B.weight": m.b.T for m in modules}
-    for path, weight in full.items():
-        published = published_tensors(model.names.entries[path], weight)
-        tensors |= {PREFIX + name: tensor for name, tensor in published.items()}
-    fields = _fields(modules, full, config, model, base_model or model.hub_id)
+    if profile not in get_args(Profile):
+        raise ValueError(f"`profile` must be one of {get_args(Profile)}, got {profile!r}.")
+    if base_model is not None and looks_like_path(base_model):
+        raise ValueError(f"`base_model` must be a hub id, got the path {base_model!r}.")
+    written = _written(trainable, model, profile)
+    fields = _fields(written, config, model, base_model or model.hub_id, profile)
+    notes = _notes(written, model.names)
+    card = _card.card(config, model, fields, evaluation or {}, data_hash, notes)
     with new_directory(directory, overwrite=overwrite) as beside:
-        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        save_file(contiguous, beside / WEIGHTS, metadata={"format": "pt"})
+        save_file(written.tensors, beside / WEIGHTS, metadata={"format": "pt"} | written.note)
         text = json.dumps(fields, indent=2, sort_keys=True)
         (beside / _adapter_config.FILE).write_text(text + "\n", encoding="utf-8")
+        (beside / _card.FILE).write_text(card, encoding="utf-8")
     return Path(directory)
 
 
-class _Module(NamedTuple):
-    """The adapter of one published module: ``a (in, rank)`` and ``b (rank, out)``."""
+class _Written(NamedTuple):
+    """What the file will hold: adapters of modules, tensors in full, and a note on parts."""
 
-    name: str
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
+    modules: list[Module]
+    trained: Trained
+    tensors: dict[str, Any]
+    note: dict[str, str]
 
 
-def _modules(entry: Published, factors: LoraFactors) -> list[_Module]:
-    a, b = np.asarray(factors.a), np.asarray(factors.b)
-    layers = zip(a, b, strict=True) if entry.stacked else [(a, b)]
-    return [
-        _Module(name, one_a, one_b, factors.scale)
-        for name, (one_a, one_b) in zip(entry.modules, layers, strict=True)
+def _written(trainable: Mapping[str, Any], model: "Pretrained", profile: Profile) -> _Written:
+    names = model.names
+    low_rank = {path: f for path, f in trainable.items() if isinstance(f, Factors)}
+    full = [path for path in trainable if path not in low_rank]
+    unfit = list(_unfit(trainable, model))
+    modules = [] if unfit else _modules(low_rank, names)
+    adapted = [module.name for module in modules]
+    trained = _peft_trained.describe(full, adapted, names)
+    problems = [
+        *unfit,
+        *trained.problems,
+        *_peft_trained.tied_problems(trained, low_rank, names),
+        *(_unfit_for_vllm(modules, full, names) if profile == "vllm" else ()),
     ]
+    if problems or not modules:
+        listed = "".join(f"\n  {p}" for p in problems or ["no weight is adapted: save the model"])
+        raise ValueError(f"This cannot be written as an adapter:{listed}")
+    modules = _peft_modules.bake(modules) if profile == "vllm" else modules
+    tensors = {key: tensor for module in modules for key, tensor in module.tensors().items()}
+    tensors |= _peft_trained.tensors(trained, trainable, adapted, model)
+    note = {} if profile == "vllm" else write_note(_parts(low_rank, names))
+    return _Written(modules, trained, tensors, note)
 
 
-def _unnamed(trainable: Iterable[str], names: NameTable) -> list[str]:
-    return [
-        f"{path} is not a weight of the model" for path in trainable if path not in names.entries
+def _unfit(trainable: Mapping[str, Any], model: "Pretrained") -> Iterable[str]:
+    """Weights that no adapter of this model has, and a head that no base has."""
+    for path, factors in trainable.items():
+        if path not in model.names.entries:
+            yield f"{path} is not a weight of the model"
+        elif isinstance(factors, Factors):
+            yield from _inexpressible(path, factors, model)
+    for path in model.new:
+        if path not in trainable or isinstance(trainable[path], Factors):
+            yield f"{path} was newly drawn and is not trained: `train` it in full"
+
+
+def _modules(low_rank: Mapping[str, Factors], names: NameTable) -> list[Module]:
+    """The adapters of all modules, both modules of a tied weight included."""
+    modules = [
+        module
+        for path, factors in low_rank.items()
+        for module in _peft_modules.modules_of(names.entries[path], factors)
     ]
+    by_name = {module.name: module for module in modules}
+    for copy, path in _peft_tied.tied_paths(names).items():
+        if path in low_rank:
+            (original,) = names.entries[path].modules
+            modules.append(by_name[original].transposed(_peft_tied.module_of(copy)))
+    return modules
 
 
-def _inexpressible(path: str, factors: LoraFactors, model: "Pretrained") -> Iterable[str]:
-    entry = model.names.entries.get(path)
-    if entry is None:
-        return
+def _parts(low_rank: Mapping[str, Factors], names: NameTable) -> dict[str, tuple[bool, ...]]:
+    in_parts = {path: f for path, f in low_rank.items() if isinstance(f, PartFactors)}
+    return {m: f.parts for path, f in in_parts.items() for m in names.entries[path].modules}
+
+
+def _inexpressible(path: str, factors: Factors, model: "Pretrained") -> Iterable[str]:
+    entry = model.names.entries[path]
     layout = ("stack", "in", "out") if entry.stacked else ("in", "out")
-    if not entry.transposed or factors.layout != layout:
-        yield f"{path}: only kernels of Linear modules, laid out {layout}, can be adapted"
-    elif model.names.in_head(path):
+    if not _peft_keys.is_adaptable(entry.kind) or factors.layout != layout:
+        yield f"{path}: only kernels and embeddings, laid out {layout}, can be adapted"
+    elif model.names.in_head(path) and TASK_TYPES[model.task] in HEAD_TYPES:
         yield f"{path}: PEFT trains a head in full and would ignore the factors"
 
 
-def _partly_trained(full: Iterable[str], model: "Pretrained") -> Iterable[str]:
-    """PEFT saves whole modules; of a head, the whole head."""
-    full = set(full)
-    groups: dict[str, list[str]] = {}
-    for path in model.names.entries:
-        groups.setdefault(_saved_as(path, model.names)[0], []).append(path)
-    for module, paths in groups.items():
-        trained = full.intersection(paths)
-        if trained and (missing := sorted(set(paths) - trained)):
-            yield f"{', '.join(sorted(trained))}: PEFT saves whole modules; also train {missing}"
-        if trained and model.names.tied and _is_tied(module, model.names):
-            yield f"{', '.join(sorted(trained))}: tied to the decoder, which PEFT would copy"
-
-
-def _is_tied(module: str, names: NameTable) -> bool:
-    ends = {names.key(name) for pair in names.tied.items() for name in pair}
-    return any(name.startswith(f"{names.key(module)}.") for name in ends)
-
-
-def _untrained(full: Iterable[str], model: "Pretrained") -> list[str]:
-    left = [path for path in model.new if path not in set(full)]
-    return [f"{path} was newly drawn and is not trained: `train` it in full" for path in left]
-
-
-def _saved_as(path: str, names: NameTable) -> list[str]:
-    """What ``modules_to_save`` calls the owner of a weight: a head's top module, else its own."""
-    entry = names.entries[path]
-    if names.in_head(path):
-        return [entry.tensors[0].partition(".")[0]]
-    return list(entry.modules)
+def _unfit_for_vllm(modules: list[Module], full: list[str], names: NameTable) -> Iterable[str]:
+    """What vLLM refuses, or reads as something else."""
+    if full:
+        yield f"{', '.join(sorted(full))}: vLLM reads no weights that are trained in full"
+    tied = {_peft_tied.module_of(copy) for copy in names.tied}
+    for module in modules:
+        if module.rank > _peft_modules.VLLM_MAX_RANK:
+            most = _peft_modules.VLLM_MAX_RANK
+            yield f"{module.name}: vLLM takes ranks up to {most}, and this has {module.rank}"
+        if module.name in tied:
+            yield f"{module.name}: tied to an embedding that is adapted; vLLM adapts one of the two"
 
 
 def _fields(
-    modules: list[_Module],
-    full: Iterable[str],
+    written: _Written,
     config: LoraConfig,
     model: "Pretrained",
     base_model: str | None,
+    profile: Profile,
 ) -> dict[str, Any]:
     """``adapter_config.json``, every field explicit."""
-    ranks = {m.name: m.a.shape[-1] for m in modules}
-    alphas = {m.name: _alpha(m, config.use_rslora) for m in modules}
-    saved = sorted({m for path in full for m in _saved_as(path, model.names)})
-    linear = [m for e in model.names.entries.values() if e.transposed for m in e.modules]
-    unused = [name.removesuffix(".weight") for name in model.names.unused]
+    use_rslora = config.use_rslora and profile == "peft"
+    ranks = {m.name: m.rank for m in written.modules}
+    alphas = {
+        m.name: tidy(m.scale * (math.sqrt(m.rank) if use_rslora else m.rank), 14)
+        for m in written.modules
+    }
+    r, alpha = commonest(ranks.values()), commonest(alphas.values())
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(saved, model),
+        "task_type": _task_type(written.trained, model),
         "base_model_name_or_path": base_model,
-        "r": config.rank,
-        "lora_alpha": _number(config.alpha),
-        "rank_pattern": {m: rank for m, rank in ranks.items() if rank != config.rank},
-        "alpha_pattern": {m: a for m, a in alphas.items() if a != _number(config.alpha)},
-        "use_rslora": config.use_rslora,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "use_rslora": use_rslora,
         "lora_dropout": config.dropout,
-        "target_modules": _adapter_config.covering_names(ranks, {*linear, *unused}),
-        "modules_to_save": saved or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
+        "target_modules": covering_names(ranks, _all_modules(model.names)),
+        "modules_to_save": list(written.trained.modules) or None,
+        "bias": written.trained.bias,
+        "fan_in_fan_out": any(module.kind == "conv1d" for module in written.modules),
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-    }
+    } | _tying(written, model.names)
 
 
-def _task_type(saved: list[str], model: "Pretrained") -> str | None:
-    """PEFT's name of the task; null where the file has no head, which PEFT would look for."""
-    has_head = any(map(model.names.in_head, model.names.entries))
-    head_is_saved = any("." not in module for module in saved)
-    return _adapter_config.TASK_TYPES[model.task] if head_is_saved or not has_head else None
+def _all_modules(names: NameTable) -> set[str]:
+    """Every module that owns a tensor, those that only repeat another's and unused ones too."""
+    tensors = [tensor for entry in names.entries.values() for tensor in entry.tensors]
+    return {_peft_tied.module_of(tensor) for tensor in (*tensors, *names.tied, *names.unused)}
 
 
-def _alpha(module: _Module, use_rslora: bool) -> float:
-    rank = module.a.shape[-1]
-    return _number(module.scale * (math.sqrt(rank) if use_rslora else rank))
+def _tying(written: _Written, names: NameTable) -> dict[str, bool]:
+    """PEFT's word for tied weights, which it has for embeddings of this name alone.
+
+    The file adapts or saves both modules alike, and loads the same without the word.
+    """
+    tied = set(_peft_tied.tied_paths(names).values())
+    embeddings = {module for path in tied for module in names.entries[path].modules}
+    touched = {module.name for module in written.modules} | {*written.trained.modules}
+    ends = {module.rpartition(".")[2] for module in embeddings & touched}
+    return {"ensure_weight_tying": True} if "embed_tokens" in ends else {}
 
 
-def _number(value: float) -> float:
-    """Without the rounding of ``alpha / rank * rank``, and whole numbers as such."""
-    value = float(f"{value:.12g}")
-    return int(value) if value.is_integer() else value
+def _notes(written: _Written, names: NameTable) -> Iterable[str]:
+    """What the card says of a file that others might misread."""
+    tied = {_peft_tied.module_of(copy) for copy in names.tied}
+    if twice := sorted(tied & {module.name for module in written.modules}):
+        yield (
+            f"The embedding and `{twice[0]}` are one weight, adapted in both uses. PEFT's "
+            "`merge_and_unload` adds the update of such a weight twice (it warns of it): merge "
+            "with `lora_jax.merge`."
+        )
+    if written.note:
+        yield (
+            "Fused kernels are adapted in part: in the file each is one adapter of a higher "
+            "rank, zero outside its parts. Training on in PEFT would fill these zeros."
+        )
+
+
+def _task_type(trained: Trained, model: "Pretrained") -> str | None:
+    """PEFT's name of the task; null where the file lacks the head that PEFT would look for."""
+    task_type = TASK_TYPES[model.task]
+    heads = {model.names.entries[path].tensors[0].partition(".")[0]
+             for path in model.names.entries if model.names.in_head(path)}  # fmt: skip
+    is_saved = not heads.isdisjoint(trained.modules)
+    return task_type if is_saved or task_type not in HEAD_TYPES else None

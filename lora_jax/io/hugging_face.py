@@ -1,12 +1,10 @@
-"""Hugging Face checkpoints: ``config.json`` and ``model.safetensors``, read and written whole.
+"""Hugging Face checkpoints, read: ``config.json`` and ``model.safetensors``.
 
 Nothing is skipped and nothing is made up: every tensor of the file must have a place in the
 model and every weight of the model a tensor in the file, or one error lists them all.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from lora_jax.io._directory import new_directory
-from lora_jax.io._safetensors import FLOATS, Tensor, tensors_in, tensors_of_index
-from lora_jax.io.hub import TOKENIZER_FILES
+from lora_jax.io._safetensors import FLOATS, tensors_in, tensors_of_index
+from lora_jax.io._tensor import Tensor
 from lora_jax.io.names import NameTable, Published
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,7 +38,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def find_tensors(directory: Path) -> dict[str, Tensor]:
+def find_tensors(directory: Path) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint, by their names in the file; their values are not read.
 
     Raises:
@@ -178,48 +174,3 @@ def published_tensors(entry: Published, weight: Any) -> dict[str, np.ndarray]:
     parts = list(whole) if entry.stacked else [whole]
     turned = (np.ascontiguousarray(part.T if entry.transposed else part) for part in parts)
     return dict(zip(entry.tensors, turned, strict=True))
-
-
-def write_checkpoint(
-    directory: str | os.PathLike,
-    table: NameTable,
-    weights: Mapping[str, Any],
-    config_json: Mapping[str, Any],
-    *,
-    tokenizer: Path | None,
-    overwrite: bool = False,
-) -> Path:
-    """Writes a directory that Hugging Face's libraries and `from_pretrained` load.
-
-    It is written beside ``directory`` and then renamed, so no half of it is ever seen.
-
-    Args:
-        directory: Where; made, with its parents.
-        table: The names of the weights.
-        weights: Path to array, for every path of ``table``.
-        config_json: What goes into ``config.json``.
-        tokenizer: A directory whose tokenizer files are copied, if any.
-        overwrite: Whether a directory that holds files may be replaced.
-
-    Raises:
-        ValueError: ``weights`` are not those of ``table``, or ``directory`` holds files.
-    """
-    odd = sorted(weights.keys() ^ table.entries.keys())
-    if odd:
-        raise ValueError(f"These weights are not those of the model: {', '.join(odd)}.")
-    tensors: dict[str, np.ndarray] = {}
-    for path, entry in table.entries.items():
-        tensors |= published_tensors(entry, weights[path])
-    with new_directory(directory, overwrite=overwrite) as beside:
-        save_file(tensors, beside / SINGLE, metadata={"format": "pt"})
-        text = json.dumps(config_json, indent=2, sort_keys=True)
-        (beside / "config.json").write_text(text + "\n", encoding="utf-8")
-        copy_tokenizer(tokenizer, beside)
-    return Path(directory)
-
-
-def copy_tokenizer(source: Path | None, target: Path) -> None:
-    """Copies the tokenizer's files, those that there are."""
-    for name in TOKENIZER_FILES if source else ():
-        if source and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

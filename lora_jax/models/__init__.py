@@ -6,10 +6,17 @@
 One family a file, which holds its module, its config and its table of published names.
 """
 
+from ._cache import Cache as Cache, init_cache as init_cache
+from ._flax_params import (
+    from_flax_params as from_flax_params,
+    to_flax_params as to_flax_params,
+)
 from ._pretrained import (
     NewHeadWarning as NewHeadWarning,
     Pretrained as Pretrained,
     from_pretrained as from_pretrained,
-    save_pretrained as save_pretrained,
 )
+from ._save import save_merged as save_merged, save_pretrained as save_pretrained
 from .bert import Bert as Bert, BertConfig as BertConfig
+from .gpt2 import Gpt2 as Gpt2, Gpt2Config as Gpt2Config
+from .llama import Llama as Llama, LlamaConfig as LlamaConfig

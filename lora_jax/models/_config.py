@@ -56,7 +56,8 @@ def read_fields(fields: Fields, found: Mapping[str, Any], *, num_labels: int | N
     Args:
         fields: What the family knows.
         found: The file as a dictionary.
-        num_labels: Overrides what the file says; None reads ``id2label`` or ``num_labels``.
+        num_labels: Overrides what the file says; None reads ``id2label`` or ``num_labels``. A
+            family whose dataclass has no such field has no labels, and ignores it.
 
     Raises:
         ValueError: All problems in one list: fields missing, unknown, of the wrong type, or
@@ -64,7 +65,8 @@ def read_fields(fields: Fields, found: Mapping[str, Any], *, num_labels: int | N
     """
     known = {f.name: f for f in dataclasses.fields(fields.config)}
     used = {name: value for name, value in found.items() if name in known}
-    used["num_labels"] = _num_labels(found) if num_labels is None else num_labels
+    if "num_labels" in known:
+        used["num_labels"] = _num_labels(found) if num_labels is None else num_labels
     problems = [
         *_missing(known, used),
         *_of_wrong_type(fields.config, used),

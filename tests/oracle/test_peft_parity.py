@@ -1,5 +1,6 @@
 """PEFT loads what we write and we load what it writes, with equal logits, live."""
 
+import re
 import warnings
 
 import jax
@@ -12,9 +13,9 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed (make test-orac
 
 from lora_jax._config import LoraConfig  # noqa: E402
 from lora_jax._merge import merge  # noqa: E402
-from lora_jax._partition import split  # noqa: E402
 from lora_jax.io import load_adapter, save_adapter  # noqa: E402
 from lora_jax.models import from_pretrained  # noqa: E402
+from tests.oracle import peft_cases as cases  # noqa: E402
 from tests.references.checkpoints import checkpoint, outputs  # noqa: E402
 
 TASKS = {
@@ -49,14 +50,6 @@ def lora(**changes) -> LoraConfig:
     return LoraConfig(**(fields | {"train": ("classifier/.*",)} | changes))
 
 
-def trained(model, config):
-    frozen, trainable = split(model.params, config, jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return frozen, treedef.unflatten(moved)
-
-
 PATTERNS = {
     "rank_pattern": {"layers/0/attention/query": 2},
     "alpha_pattern": {"layers/1/attention/value": 3.0},
@@ -82,6 +75,18 @@ SCANNED = {"layouts": {"encoder/layers/.*/kernel": "stack in out"}}
         pytest.param("bert", "token-classification", {}, id="token-classification"),
         pytest.param("bert", "question-answering", {"train": ("qa_outputs/.*",)}, id="answers"),
         pytest.param("roberta", "masked-lm", {"train": ()}, id="masked-lm"),
+        pytest.param("bert", SEQUENCE, {"targets": ("word_embeddings", "query")}, id="embedding"),
+        pytest.param(
+            "bert", SEQUENCE, {"train": ("(query|value)/bias", "classifier/.*")}, id="lora-only"
+        ),
+        pytest.param("bert", SEQUENCE, {"train": ("bias", "classifier/.*")}, id="bias-all"),
+        pytest.param("bert", SEQUENCE, {"train": ("bias",)}, id="bias-all-and-no-head"),
+        pytest.param("bert", "masked-lm", {"train": ("bias",)}, id="bias-all-tied"),
+        pytest.param("bert", "masked-lm", {"train": ("lm_head/.*",)}, id="tied-head"),
+        pytest.param("bert", "masked-lm", {"train": ("word_embeddings",)}, id="tied-in-full"),
+        pytest.param(
+            "roberta", "masked-lm", {"targets": ("word_embeddings",), "train": ()}, id="tied"
+        ),
     ],
 )
 def test_peft_loads_what_we_save(tmp_path, family, task, config):
@@ -89,7 +94,7 @@ def test_peft_loads_what_we_save(tmp_path, family, task, config):
     model = from_pretrained(base, task, scan_layers="layouts" in config)
     if "attention/.*" in config.get("targets", ()):
         config = config | {"exclude": ("bias", "scale")}
-    frozen, trainable = trained(model, lora(**config))
+    frozen, trainable = cases.trained(model, lora(**config))
     adapter = save_adapter(tmp_path / "adapter", trainable, lora(**config), model)
     plain = TASKS[task].from_pretrained(base).eval()
     given = inputs(family)
@@ -103,18 +108,7 @@ def test_peft_loads_what_we_save(tmp_path, family, task, config):
     print(f"largest difference {difference:.1e}")
     assert difference < TOLERANCE
     assert np.abs(expected - before).max() > 1e-2
-    assert_peft_would_write_the_same(theirs, adapter, tmp_path / "again")
-
-
-def assert_peft_would_write_the_same(theirs, adapter, again):
-    """What PEFT holds after loading is what the file has: no tensor dropped, none made up."""
-    from safetensors.numpy import load_file
-
-    theirs.save_pretrained(again)
-    one, two = (load_file(each / "adapter_model.safetensors") for each in (adapter, again))
-    assert one.keys() == two.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], two[name])
+    cases.assert_peft_would_write_the_same(theirs, adapter, tmp_path / "again")
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
@@ -146,6 +140,16 @@ def assert_peft_would_write_the_same(theirs, adapter, again):
             {"target_modules": ["query"], "init_lora_weights": "gaussian"},
             id="gaussian",
         ),
+        pytest.param(
+            "bert", SEQUENCE, {"target_modules": ["query", "word_embeddings"]}, id="embedding"
+        ),
+        pytest.param("bert", SEQUENCE, {"target_modules": ["query"], "bias": "all"}, id="bias-all"),
+        pytest.param(
+            "roberta",
+            SEQUENCE,
+            {"target_modules": ["query"], "bias": "lora_only"},
+            id="bias-lora-only",
+        ),
     ],
 )
 def test_we_load_what_peft_saves(tmp_path, family, task, config, scan_layers):
@@ -168,3 +172,19 @@ def test_we_load_what_peft_saves(tmp_path, family, task, config, scan_layers):
     difference = np.abs(ours - torch_logits(theirs, given)).max()
     print(f"largest difference {difference:.1e}")
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("profile", ["peft", "vllm"])
+def test_pefts_code_on_the_card_runs(tmp_path, profile):
+    base = checkpoint(tmp_path / "base", "bert", SEQUENCE)
+    model = from_pretrained(base)
+    config = lora(train=() if profile == "vllm" else ("classifier/.*",), **PATTERNS)
+    frozen, trainable = cases.trained(model, config)
+    adapter = save_adapter(tmp_path / "adapter", trainable, config, model, profile=profile)
+    card = (adapter / "README.md").read_text()
+    block = re.search(r"With PEFT:\n\n```python\n(.*?)```", card, re.DOTALL)[1]
+    scope = {}
+    exec(block.replace('"BASE"', repr(str(base))).replace('"ADAPTER"', repr(str(adapter))), scope)
+    given = inputs("bert")
+    ours = np.asarray(jax.jit(model.apply)(merge(frozen, trainable), **given))
+    assert np.abs(ours - torch_logits(scope["model"], given)).max() < TOLERANCE

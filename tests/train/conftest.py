@@ -1,4 +1,4 @@
-"""A tiny BERT with its tokenizer, and sentences that it can learn to tell apart."""
+"""A tiny BERT and a tiny Llama with their tokenizers, and texts that they can learn."""
 
 import json
 import random
@@ -6,9 +6,11 @@ import random
 import jax
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 import lora_jax.models
+from lora_jax.io.tokenizers import load_tokenizer
 
 GOOD, BAD = ("fine", "great", "lovely", "warm"), ("awful", "dull", "poor", "weak")
 OTHER = ("a", "the", "film", "plot", "is", "was", "with", "and", "its", "cast", "very", "quite")
@@ -128,3 +130,71 @@ def write_run(model_directory):
 def folder(tmp_path, write_run):
     """A folder with a config and its data."""
     return write_run(tmp_path)
+
+
+NAMES, AREAS = ("Aroma", "Browns", "Cotto", "Zizzi"), ("north", "south", "riverside")
+WORDS = (
+    *("system", "user", "assistant", "Hi", "Hello", " there", "Bye", " now", "Be", " kind"),
+    *("name", " :", " |", " area", "||", " is", " in", " the", ".", "\n", " "),
+    *(f" {word}" for word in (*NAMES, *AREAS)),
+)
+MARKS = ("<unk>", "<bos>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DECODER = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": len(MARKS + WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "eos_token_id": 3,
+}
+
+
+def build_tokenizer():
+    """Tokens are words with the space before them, as GPT-2's are; eos is the end of a turn."""
+    vocabulary = {word: number for number, word in enumerate((*MARKS, *WORDS))}
+    words = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(
+        tokenizers.Regex(r" ?\w+| ?[^\w\s]+|\s"), behavior="isolated"
+    )
+    words.decoder = decoders.Fuse()
+    words.add_special_tokens(list(MARKS))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture(scope="session")
+def decoder_directory(tmp_path_factory):
+    """A published decoder in the small: config, weights, and a tokenizer without a pad token."""
+    directory = tmp_path_factory.mktemp("decoders") / "tiny-llama"
+    source = tmp_path_factory.mktemp("decoders") / "shapes"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(DECODER))
+    shapes = lora_jax.models.from_pretrained(source, task="causal-lm", abstract=True)
+    lora_jax.models.save_pretrained(directory, shapes, draw(shapes.params))
+    build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(decoder_directory):
+    return load_tokenizer(decoder_directory)
+
+
+def meanings(count, seed=0):
+    """Lines of the E2E format: a restaurant and where it is, and a sentence that says so."""
+    source = random.Random(seed)
+    pairs = [(source.choice(NAMES), source.choice(AREAS)) for _ in range(count)]
+    return [f"name : {name} | area : {area}||{name} is in the {area}." for name, area in pairs]

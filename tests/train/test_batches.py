@@ -5,31 +5,47 @@ import collections
 import numpy as np
 import pytest
 
-from train import batches
+from lora_jax.io.tokenizers import load_tokenizer
+from train import batches, order
 from train.data import Examples
+from train.tasks import classification
 
 
 def encoded(lengths):
     """Examples whose first token is their own number."""
     ids = [np.r_[row, np.ones(size - 1)].astype(np.int32) for row, size in enumerate(lengths)]
-    labels = np.arange(len(ids), dtype=np.int32)
-    return batches.Encoded(
-        ids, None, labels, pad=0, lengths=batches.padded_lengths(max(lengths), 64), truncated=0
+    return classification.Encoded(
+        examples=Examples([""] * len(ids), None, [0] * len(ids)),
+        names=("no", "yes"),
+        ids=ids,
+        types=None,
+        labels=np.arange(len(ids), dtype=np.int32),
+        pad=0,
+        lengths=batches.padded_lengths(max(lengths), 64),
+        truncated=0,
     )
 
 
-def test_every_row_is_seen_once_an_epoch_in_another_order():
-    sequence = batches.training_batches(encoded([3] * 10), batch_size=4, seed=1)
+ORDERS = [
+    pytest.param(order.grain_order, id="grain"),
+    pytest.param(order.numpy_order, id="numpy"),
+]
+
+
+@pytest.mark.parametrize("make_order", ORDERS)
+def test_every_row_is_seen_once_an_epoch_in_another_order(make_order):
+    sequence = batches.Batches(encoded([3] * 10), 4, 1, make_order)
     seen = np.concatenate([sequence[step]["labels"] for step in range(10)]).reshape(4, 10)
     for epoch in seen:
         assert sorted(epoch) == list(range(10))
     assert len({tuple(epoch) for epoch in seen.tolist()}) == 4
 
 
-def test_grouping_by_length_deals_the_same_rows_out_with_less_padding():
+@pytest.mark.parametrize("make_order", ORDERS)
+def test_grouping_by_length_deals_the_same_rows_out_with_less_padding(make_order):
     examples = encoded(list(range(1, 65)) * 2)
     plain, grouped = (
-        batches.training_batches(examples, batch_size=4, seed=1, group_by_length=group)
+        batches.Batches(examples, 4, 1, make_order, group_by_length=group)
         for group in (False, True)
     )
     steps = range(batches.GROUP * 4)  # one epoch of 128 rows
@@ -42,11 +58,12 @@ def test_grouping_by_length_deals_the_same_rows_out_with_less_padding():
     assert widths[: batches.GROUP] != sorted(widths[: batches.GROUP])
 
 
+@pytest.mark.parametrize("make_order", ORDERS)
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("step", [0, 7, 100_000])
-def test_a_batch_follows_from_its_step_alone(step, group):
+def test_a_batch_follows_from_its_step_alone(step, group, make_order):
     first, second = (
-        batches.training_batches(encoded(range(1, 31)), batch_size=4, seed=5, group_by_length=group)
+        batches.Batches(encoded(range(1, 31)), 4, 5, make_order, group_by_length=group)
         for _ in range(2)
     )
     first[step + 1]
@@ -54,13 +71,15 @@ def test_a_batch_follows_from_its_step_alone(step, group):
         np.testing.assert_array_equal(first[step][name], array)
 
 
-def test_seeds_differ():
-    one, other = (batches.training_batches(encoded([3] * 50), 8, seed)[0] for seed in (0, 1))
+@pytest.mark.parametrize("make_order", ORDERS)
+def test_seeds_differ(make_order):
+    one, other = (batches.Batches(encoded([3] * 50), 8, seed, make_order)[0] for seed in (0, 1))
     assert one["labels"].tolist() != other["labels"].tolist()
 
 
 def test_collate_pads_ids_and_masks_the_padding():
-    batch = batches.collate(encoded([2, 9, 4, 31]), [1, 2])
+    examples = encoded([2, 9, 4, 31])
+    batch = batches.collate(examples, [1, 2], examples.lengths)
     assert batch["input_ids"].tolist() == [
         [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
         [2, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -93,7 +112,7 @@ def test_padded_lengths_are_few_and_reach_the_longest(longest, limit, lengths):
 
 
 def test_training_pads_to_two_lengths_at_most():
-    sequence = batches.training_batches(encoded(range(1, 65)), batch_size=2, seed=0)
+    sequence = batches.Batches(encoded(range(1, 65)), 2, 0, order.numpy_order)
     widths = {sequence[step]["input_ids"].shape[1] for step in range(100)}
     assert widths == {32, 64}
 
@@ -122,14 +141,16 @@ def test_training_pads_to_two_lengths_at_most():
     ],
 )
 def test_texts_become_tokens(model_directory, pairs, limit, ids, types, cut):
-    tokenizer = batches.load_tokenizer(str(model_directory))
-    found = batches.encode(tokenizer, Examples(["a fine film"], pairs, [1]), limit)
+    tokenizer = load_tokenizer(model_directory)
+    examples = Examples(["a fine film"], pairs, [1])
+    found = classification.encode(tokenizer, examples, ("no", "yes"), limit)
     assert tokenizer.convert_ids_to_tokens(found.ids[0].tolist()) == ids.split()
-    assert batches.collate(found, [0])["token_type_ids"][0, : len(types)].tolist() == types
+    batch = batches.collate(found, [0], found.lengths)
+    assert batch["token_type_ids"][0, : len(types)].tolist() == types
     assert found.truncated == cut
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="has no tokenizer: none of"):
-        batches.load_tokenizer(str(tmp_path))
+        load_tokenizer(tmp_path)

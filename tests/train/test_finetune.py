@@ -165,7 +165,7 @@ def test_an_existing_run_is_not_touched_unasked(folder, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(
     folder, capsys, monkeypatch
 ):
-    original = finetune.training_batches
+    original = finetune.Batches
 
     def poisoned(*arguments, **settings):
         batches = original(*arguments, **settings)
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(
 
         return type("Batches", (), {"__getitem__": lambda self, index: poison(index)})()
 
-    monkeypatch.setattr(finetune, "training_batches", poisoned)
+    monkeypatch.setattr(finetune, "Batches", poisoned)
     assert train(folder) == 3
     assert "Stopped at step 12: the loss is nan" in capsys.readouterr().err
     result = json.loads((folder / "out" / "result.json").read_text())

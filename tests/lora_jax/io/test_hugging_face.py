@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_jax.io._checkpoint_writer import write_checkpoint
 from lora_jax.io.hub import find_checkpoint, looks_like_path
-from lora_jax.io.hugging_face import find_tensors, write_checkpoint
+from lora_jax.io.hugging_face import find_tensors
 from lora_jax.io.names import NameTable, Row, expand
 from lora_jax.models import from_pretrained
 from tests.references.checkpoints import checkpoint, config_json, sharded, tensors, write
@@ -210,13 +211,13 @@ def test_a_hub_id_that_is_not_cached_says_so_offline(tmp_path, monkeypatch):
 def test_writing_refuses_other_weights_and_a_full_directory(tmp_path):
     table = NameTable(expand([Row("x/kernel", "x.weight", "linear")], 0, stacked=False), prefix="p")
     with pytest.raises(ValueError, match="not those of the model: x/kernel, y/kernel"):
-        write_checkpoint(tmp_path / "new", table, {"y/kernel": np.zeros(2)}, {}, tokenizer=None)
+        write_checkpoint(tmp_path / "new", table, {"y/kernel": np.zeros(2)}, {}, source=None)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "precious").write_text("")
     weights = {"x/kernel": np.ones((2, 3), np.float32)}
     with pytest.raises(ValueError, match="holds files already"):
-        write_checkpoint(tmp_path / "old", table, weights, {}, tokenizer=None)
+        write_checkpoint(tmp_path / "old", table, weights, {}, source=None)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "precious"]
-    write_checkpoint(tmp_path / "old", table, weights, {}, tokenizer=None, overwrite=True)
+    write_checkpoint(tmp_path / "old", table, weights, {}, source=None, overwrite=True)
     assert find_tensors(tmp_path / "old")["x.weight"].shape == (3, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]

@@ -12,7 +12,6 @@ from lora_jax._config import LoraConfig
 from lora_jax._merge import merge
 from lora_jax._partition import split
 from lora_jax.io import load_adapter, save_adapter
-from lora_jax.io._adapter_config import covering_names, resolve
 from lora_jax.models import from_pretrained
 from tests.references.checkpoints import HEADS, HERE, checkpoint, outputs
 
@@ -35,10 +34,9 @@ def lora(**changes) -> LoraConfig:
 def trained(model, config):
     """A split with every array moved, as if trained."""
     frozen, trainable = split(model.params, config, jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return frozen, treedef.unflatten(moved)
+    draw = np.random.default_rng(1).standard_normal
+    move = lambda x: jnp.asarray(np.asarray(x) + 0.1 * draw(x.shape, np.float32))  # noqa: E731
+    return frozen, jax.tree.map(move, trainable)
 
 
 @pytest.fixture
@@ -87,7 +85,26 @@ PATTERNS = {
         pytest.param(
             "bert", "question-answering", False, {"train": ("qa_outputs/.*",)}, id="answers"
         ),
+        pytest.param("bert", TASK, False, {"targets": ("word_embeddings",)}, id="embedding"),
+        pytest.param(
+            "bert", TASK, False, {"train": ("(query|value)/bias", "classifier/.*")}, id="lora-only"
+        ),
+        pytest.param(
+            "bert", TASK, True, STACKED | {"train": ("bias", "classifier/.*")}, id="bias-all"
+        ),
+        pytest.param("bert", TASK, False, {"train": ("bias",)}, id="bias-all-and-no-head"),
         pytest.param("bert", "masked-lm", False, {"train": ()}, id="masked-lm"),
+        pytest.param("bert", "masked-lm", False, {"train": ("bias",)}, id="bias-all-tied"),
+        pytest.param("bert", "masked-lm", False, {"train": ("lm_head/.*",)}, id="tied-head"),
+        pytest.param(
+            "roberta", "masked-lm", False, {"train": ("word_embeddings",)}, id="tied-in-full"
+        ),
+        pytest.param(
+            "bert", "masked-lm", False, {"targets": ("word_embeddings",), "train": ()}, id="tied"
+        ),
+        pytest.param(
+            "bert", "masked-lm", False, {"targets": ("lm_head/dense",), "train": ()}, id="in-head"
+        ),
         pytest.param("bert", "feature-extraction", False, {"train": ()}, id="features"),
     ],
 )
@@ -155,15 +172,21 @@ def test_what_is_written_leaves_nothing_to_a_default(adapter):
     [
         pytest.param(
             TASK,
-            {"targets": ("word_embeddings",)},
-            "word_embeddings/embedding: only",
-            id="embedding",
+            {"layouts": {"layers/0/attention/query/kernel": "out in"}},
+            r"layers/0/attention/query/kernel: only kernels and embeddings, laid out .'in', 'out'",
+            id="layout",
         ),
         pytest.param(
             TASK,
-            {"targets": ("query",), "train": ("query/bias",)},
-            r"layers/0/attention/query/bias: PEFT saves whole modules; also train .*query/kernel",
-            id="bias",
+            {"targets": ("query",), "train": ("layers/0/.*/query/bias", "classifier/.*")},
+            r"PEFT trains the biases of all adapted modules .also train .*layers/1/.*query/bias",
+            id="some-biases",
+        ),
+        pytest.param(
+            TASK,
+            {"targets": ("query",), "train": ("(query|key)/bias", "classifier/.*")},
+            r"leave out .*layers/0/attention/key/bias.*or all biases .also train .*pooler/bias",
+            id="too-many-biases",
         ),
         pytest.param(
             TASK,
@@ -178,7 +201,10 @@ def test_what_is_written_leaves_nothing_to_a_default(adapter):
             id="factors-in-a-head",
         ),
         pytest.param(
-            "masked-lm", {"train": ("lm_head/.*",)}, "lm_head/bias.*tied to the decoder", id="tied"
+            "masked-lm",
+            {"targets": ("word_embeddings",), "train": ("lm_head/.*",)},
+            "has factors, and cls.predictions.decoder, which is tied to it, is saved in full",
+            id="tied",
         ),
         pytest.param(
             TASK, {"targets": (), "train": ("classifier/.*",)}, "no weight is adapted", id="full"
@@ -210,6 +236,15 @@ def rename(old, new):
     return lambda stored: {name.replace(old, new): tensor for name, tensor in stored.items()}
 
 
+def also(name, *shape):
+    """Adds a tensor of ones."""
+    return lambda stored: stored | {name: np.ones(shape, np.float32)}
+
+
+def in_integers(stored):
+    return {name: tensor.astype(np.int32) for name, tensor in stored.items()}
+
+
 def without(name):
     return lambda stored: {key: tensor for key, tensor in stored.items() if name not in key}
 
@@ -233,9 +268,50 @@ def without(name):
         pytest.param({"r": None}, None, "`r` is missing", id="no-r"),
         pytest.param({"lora_alpha": None}, None, "`lora_alpha` is missing", id="no-alpha"),
         pytest.param({"peft_type": "IA3"}, None, "`peft_type` is 'IA3'", id="other-kind"),
-        pytest.param({"bias": "all"}, None, "`bias` is 'all'", id="bias"),
-        pytest.param({"use_dora": True}, None, "`use_dora` is True", id="dora"),
-        pytest.param({"fan_in_fan_out": True}, None, "`fan_in_fan_out`", id="fan-in-fan-out"),
+        pytest.param({"bias": "all"}, None, "missing: .*pooler.dense.bias", id="bias-all"),
+        pytest.param(
+            {"bias": "lora_only"}, None, f"missing: {QUERY}.base_layer.bias", id="bias-lora-only"
+        ),
+        pytest.param({"use_dora": True}, None, "`use_dora` is True.*DoRA", id="dora"),
+        pytest.param(
+            {"fan_in_fan_out": True}, None, "`fan_in_fan_out` is True.*Conv1D", id="fan-in-fan-out"
+        ),
+        pytest.param({}, also(f"{QUERY}.lora_magnitude_vector", 32), "magnitude", id="magnitude"),
+        pytest.param(
+            {}, also(f"{QUERY}.lora_embedding_A", 4, 32), "unmapped: .*embedding_A", id="no-table"
+        ),
+        pytest.param(
+            {},
+            also(QUERY[:-5] + "spam.lora_A.weight", 4, 32, 3, 5),
+            r"spam.*\(4, 32, 3, 5\)",
+            id="conv",
+        ),
+        pytest.param(
+            {}, also(f"{QUERY}.base_layer.weight", 32, 32), "is not the model's", id="other-base"
+        ),
+        pytest.param(
+            {}, also(f"{QUERY}.base_layer.weight", 9), "is not the model's", id="base-of-a-shape"
+        ),
+        pytest.param({}, also(f"{QUERY}.weight", 32, 32), "twice: .*query/kernel", id="full-too"),
+        pytest.param(
+            {},
+            also("base_model.model.classifier.modules_to_save.bias", 3),
+            "twice: .*modules_to_save.bias is not what the file has",
+            id="another-copy",
+        ),
+        pytest.param(
+            {},
+            also(f"{QUERY}.lora_A.weight".replace("bert.", ""), 4, 32),
+            "twice: .*are one factor",
+            id="two-spellings",
+        ),
+        pytest.param({}, in_integers, "dtype: .* is I32", id="integers"),
+        pytest.param(
+            {"rank_pattern": {"0.attention.self.query": 33}},
+            None,
+            "factors of rank 33",
+            id="too-high",
+        ),
         pytest.param({"init_lora_weights": "pissa"}, None, "changed the base weights", id="pissa"),
         pytest.param({"hologram": 3}, None, "`hologram` is 3", id="unknown-field"),
         pytest.param({"rank_pattern": [2]}, None, r"`rank_pattern` is \[2\]", id="type"),
@@ -300,30 +376,20 @@ def test_bfloat16_weights_keep_float32_factors(tmp_path, adapter, model):
     assert trainable["classifier/kernel"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("modules", "expected"),
-    [
-        pytest.param(["a.0.query", "a.1.query"], ["query"], id="all-of-a-name"),
-        pytest.param(["a.0.query"], ["a.0.query"], id="one-of-two"),
-        pytest.param(
-            ["a.0.out.dense", "a.1.out.dense"], ["a.0.out.dense", "a.1.out.dense"], id="dense"
-        ),
-    ],
-)
-def test_target_modules_cover_exactly_the_file(modules, expected):
-    every = [f"a.{i}.{name}" for i in (0, 1) for name in ("query", "key", "out.dense", "dense")]
-    assert covering_names(modules, every) == expected
+def test_weights_under_the_factors_are_accepted_where_they_are_the_bases(adapter, model):
+    kernel = model.params["encoder"]["layers"]["0"]["attention"]["query"]["kernel"]
+    base = {
+        f"{QUERY}.base_layer.weight": np.ascontiguousarray(np.asarray(kernel).T),
+        "base_model.model.classifier.original_module.bias": np.ones(3, np.float32),
+    }
+    before = load_adapter(adapter, model)[1]
+    edit(adapter, tensors=lambda stored: stored | base)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(adapter, model)[1], before)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "module", "expected"),
-    [
-        pytest.param("query", "layer.1.self.query", 2, id="last-segment"),
-        pytest.param("layer.1.self.query", "layer.1.self.query", 2, id="whole"),
-        pytest.param("layer.1.self.query", "layer.11.self.query", 8, id="another-layer"),
-        pytest.param("ery", "layer.1.self.query", 8, id="part-of-a-segment"),
-        pytest.param("^layer.0.self.query", "layer.1.self.query", 8, id="anchored"),
-    ],
-)
-def test_patterns_are_resolved_as_peft_does(pattern, module, expected):
-    assert resolve({pattern: 2}, module, 8) == expected
+def test_an_unknown_profile_and_a_path_for_a_base_are_refused(tmp_path, model):
+    _, trainable = trained(model, lora())
+    with pytest.raises(ValueError, match=r"`profile` must be one of .*'vllm'.*got 'gguf'"):
+        save_adapter(tmp_path / "new", trainable, lora(), model, profile="gguf")
+    with pytest.raises(ValueError, match="`base_model` must be a hub id, got the path"):
+        save_adapter(tmp_path / "new", trainable, lora(), model, base_model=str(tmp_path))

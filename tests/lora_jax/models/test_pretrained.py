@@ -197,16 +197,6 @@ def test_saving_keeps_bfloat16_and_a_new_width(tmp_path):
     assert_trees_equal(model.params, again.params)
 
 
-def test_saving_refuses_other_weights(tmp_path):
-    model = from_pretrained(checkpoint(tmp_path / "one", "bert", TASK))
-    without = {name: tree for name, tree in model.params.items() if name != "pooler"}
-    with pytest.raises(ValueError, match="not those of the model: pooler/bias, pooler/kernel"):
-        save_pretrained(tmp_path / "two", model, without)
-    with pytest.raises(ValueError, match="not plain weights: pooler"):
-        save_pretrained(tmp_path / "two", model, model.params | {"pooler": object()})
-    assert not (tmp_path / "two").exists()
-
-
 def test_models_import_and_load_without_the_train_extra(tmp_path):
     directory = checkpoint(tmp_path, "bert", TASK)
     barred = ("torch", "transformers", "huggingface_hub", "tokenizers", "datasets")

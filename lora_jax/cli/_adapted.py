@@ -1,0 +1,253 @@
+"""A base and an adapter of it, as the command line names them; what `merge` and `export` share.
+
+--adapter DIR     adapter_config.json, or a run of `lora-jax train`, whose adapter/ is meant
+--base MODEL      else the base that the run's config or the adapter itself names
+
+The adapter says what the model is for: its task type, and by its head how many classes.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from .. import models
+from .._weights import Factors
+from ..io import _adapter_config, _peft_keys, gguf, hub, hugging_face, load_adapter
+from ..io._safetensors import Tensor, tensors_in
+from ..models._families import family_of
+
+RUN_CONFIG, RUN_ADAPTER = "config.yaml", "adapter"  # as `lora-jax train` names them
+MARKS = ("config.json", _adapter_config.FILE)  # of a directory that may be replaced
+_DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "F64": jnp.float32}
+
+
+class Sources(NamedTuple):
+    """Where everything is, found and checked before a weight is read.
+
+    Attributes:
+        base: A directory, GGUF file, package or hub id, for `from_pretrained`.
+        adapter: The directory that has ``adapter_config.json``.
+        out: What will be written.
+        task_type: What the adapter says that it is for, in PEFT's words.
+        base_model: The hub id by which the adapter names its base, if it does.
+    """
+
+    base: str
+    adapter: Path
+    out: Path
+    task_type: str | None
+    base_model: str | None
+
+
+class Adapted(NamedTuple):
+    """A base model with an adapter: the model, what `load_adapter` gives, and the dtype asked for.
+
+    Attributes:
+        model: The base; a head that the adapter has in full is drawn in it.
+        frozen: The frozen half.
+        trainable: The trainable half.
+        config: The adapter's config.
+        dtype: What merged weights shall have.
+    """
+
+    model: models.Pretrained
+    frozen: Any
+    trainable: dict[str, Any]
+    config: Any
+    dtype: Any
+
+    def counts(self) -> dict[str, int]:
+        """How many weights are adapted, and how many are trained in full."""
+        adapted = sum(isinstance(weight, Factors) for weight in self.trainable.values())
+        return {"adapted": adapted, "trained_in_full": len(self.trainable) - adapted}
+
+
+def add_arguments(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]):
+    """Adds the options that the commands share, and what they run."""
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model: a directory, a GGUF file or a hub name "
+        "(default: the one that the run or the adapter names)",
+    )
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        metavar="DIR",
+        help="an adapter in PEFT's format, or a run directory of lora-jax train",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; a new name")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the model or adapter that --out holds"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def find(options: argparse.Namespace) -> Sources:
+    """Finds base and adapter and checks that the result may be written.
+
+    Raises:
+        ValueError: A path does not exist or is no adapter, no base is named, or ``--out`` is in
+            use.
+    """
+    given = Path(options.adapter).expanduser()
+    adapter = _adapter_directory(given)
+    task_type, named = _names(adapter)
+    base = options.base or _base_of_run(given) or named
+    if base is None:
+        raise ValueError(f"{given} does not say what its base model is: add --base.")
+    out = Path(options.out).expanduser()
+    _check_out(out, options.overwrite, [Path(base).expanduser(), adapter, given])
+    is_hub_id = named is not None and not hub.looks_like_path(named)
+    return Sources(base, adapter, out, task_type, named if is_hub_id else None)
+
+
+def load(sources: Sources, dtype: str | None = None) -> Adapted:
+    """Loads the base for the adapter's task, and the adapter onto it.
+
+    The base is held so that nothing is rounded before it is merged: in its stored dtype, or in
+    float32 where ``dtype`` can hold more.
+
+    Args:
+        sources: Of `find`.
+        dtype: What merged weights shall have; None means the base's stored dtype.
+
+    Raises:
+        ValueError: The base cannot be read, is not for the adapter's task, has no head where
+            the adapter has none either, or does not fit the adapter.
+    """
+    place = hub.find_checkpoint(sources.base)
+    config_json = (gguf if place.is_file() else hugging_face).read_config_json(place)
+    task = _task(sources.task_type, config_json)
+    num_labels = _num_labels(sources.adapter, config_json, task)
+    stored = _stored_dtype(place)
+    wanted = stored if dtype is None else jnp.dtype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", models.NewHeadWarning)  # checked below
+        model = models.from_pretrained(
+            sources.base,
+            task,
+            num_labels=num_labels,
+            dtype=jnp.promote_types(stored, wanted),
+            new_head=None if num_labels is None else True,
+        )
+    frozen, trainable, config = load_adapter(sources.adapter, model)
+    if drawn := [path for path in model.new if path not in trainable]:
+        raise ValueError(
+            f"Neither {sources.base} nor {sources.adapter} has {', '.join(drawn)}, which "
+            f"{task} needs: name the base that the adapter was trained on."
+        )
+    return Adapted(model, frozen, trainable, config, wanted)
+
+
+def size(directory: Path) -> dict[str, int]:
+    """Bytes and number of the weight files in a directory."""
+    sizes = [file.stat().st_size for file in directory.glob("*.safetensors")]
+    return {"bytes": sum(sizes), "files": len(sizes)}
+
+
+def _adapter_directory(given: Path) -> Path:
+    if not given.is_dir():
+        found = "is a file" if given.exists() else "does not exist"
+        raise ValueError(f"The adapter {given} {found}: name a directory.")
+    inside = given / RUN_ADAPTER
+    directory = inside if (given / RUN_CONFIG).is_file() and inside.is_dir() else given
+    for name in (_adapter_config.FILE, _adapter_config.WEIGHTS):
+        if not (directory / name).is_file():
+            has = ", ".join(sorted(file.name for file in directory.iterdir())) or "nothing"
+            raise ValueError(f"{directory} is not an adapter: it has no {name}, but {has}.")
+    return directory
+
+
+def _names(adapter: Path) -> tuple[str | None, str | None]:
+    """``task_type`` and ``base_model_name_or_path``, once the whole config is known to be right."""
+    _adapter_config.read(adapter)
+    fields = json.loads((adapter / _adapter_config.FILE).read_text(encoding="utf-8"))
+    names = [fields.get(name) or None for name in ("task_type", "base_model_name_or_path")]
+    if not all(isinstance(name, str | None) for name in names):
+        raise ValueError(f"{adapter}: `task_type` and `base_model_name_or_path` must be names.")
+    return names[0], names[1]
+
+
+def _base_of_run(run: Path) -> str | None:
+    """The model that a run's config names; a path in it is relative to the run."""
+    file = run / RUN_CONFIG
+    if not file.is_file():
+        return None
+    import yaml
+
+    try:
+        path = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["path"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not name a model (model.path): add --base.") from error
+    return os.fspath(run / path) if (run / path).exists() else path
+
+
+def _check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a directory.")
+    for source in sources:
+        if source.exists() and source.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--out {out} holds what is read, {source}: give another name.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--out {out} holds files already: add --overwrite or give a new name.")
+    if not any((out / mark).is_file() for mark in MARKS):
+        raise ValueError(
+            f"--out {out} holds files that are neither a model nor an adapter, and is left as it "
+            "is: give a new name."
+        )
+
+
+def _task(task_type: str | None, config_json: Mapping[str, Any]) -> str:
+    """What the model is for: as the adapter says, or as the base's own head does."""
+    by_type = {peft: ours for ours, peft in _adapter_config.TASK_TYPES.items() if peft}
+    if task_type in by_type:
+        return by_type[task_type]
+    if task_type is not None:
+        raise ValueError(f"`task_type` {task_type!r} is not supported; known: {list(by_type)}.")
+    family = family_of(config_json)
+    config = family.read_config(config_json)
+    named = config_json.get("architectures") or ()
+    for task in family.TASKS:
+        if family.architecture(config, task) in named:
+            return task
+    raise ValueError(
+        f"The adapter names no task, and of the base's architectures, {list(named)}, none is "
+        f"known; known tasks: {', '.join(family.TASKS)}."
+    )
+
+
+def _num_labels(adapter: Path, config_json: Mapping[str, Any], task: str) -> int | None:
+    """How many classes the head in the adapter has; None where it has no such head."""
+    if not task.endswith("classification"):
+        return None
+    family = family_of(config_json)
+    names = family.name_table(family.read_config(config_json), task, scan_layers=False)
+    saved: dict[str, Tensor] = {}
+    for name, tensor in tensors_in(adapter / _adapter_config.WEIGHTS).items():
+        key = _peft_keys.parse(name)
+        if key is not None and key.role == "full":
+            saved[names.key(key.tensor)] = tensor
+    head = [entry for path, entry in names.entries.items() if names.in_head(path)]
+    keys = [names.key(entry.tensors[0]) for entry in head if entry.kind == "linear"]
+    if not all(names.key(entry.tensors[0]) in saved for entry in head):
+        return None
+    return saved[keys[-1]].shape[0]
+
+
+def _stored_dtype(place: Path) -> Any:
+    """The dtype that holds every weight of a checkpoint; of a quantised file, float32."""
+    if place.is_file():
+        return jnp.dtype(jnp.float32)
+    found = {tensor.dtype for tensor in hugging_face.find_tensors(place).values()}
+    dtypes = [_DTYPES[name] for name in sorted(found & _DTYPES.keys())]
+    return jnp.dtype(jnp.result_type(*dtypes)) if dtypes else jnp.dtype(jnp.float32)

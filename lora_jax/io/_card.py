@@ -1,0 +1,160 @@
+"""The card: ``README.md`` of an adapter, with its facts and code that loads it.
+
+Its head is what the hub reads. A base model is named by its hub id or not at all: a path means
+nothing on another machine.
+"""
+
+import dataclasses
+import json
+import math
+import numbers
+import re
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_jax._config import LoraConfig
+
+if TYPE_CHECKING:
+    from lora_jax.models import Pretrained
+
+FILE = "README.md"
+BASE, ADAPTER = "BASE", "ADAPTER"
+"""What stands in the code for a base without a hub id, and for the adapter itself."""
+
+_PACKAGES = ("lora_jax", "jax", "flax")
+
+
+class _Task(NamedTuple):
+    """What the hub and transformers call a task."""
+
+    pipeline: str
+    auto_class: str
+
+
+_TASKS = {
+    "causal-lm": _Task("text-generation", "AutoModelForCausalLM"),
+    "sequence-classification": _Task("text-classification", "AutoModelForSequenceClassification"),
+    "token-classification": _Task("token-classification", "AutoModelForTokenClassification"),
+    "question-answering": _Task("question-answering", "AutoModelForQuestionAnswering"),
+    "masked-lm": _Task("fill-mask", "AutoModelForMaskedLM"),
+    "feature-extraction": _Task("feature-extraction", "AutoModel"),
+}
+
+
+def card(
+    config: LoraConfig,
+    model: "Pretrained",
+    fields: Mapping[str, Any],
+    evaluation: Mapping[str, float],
+    data_hash: str | None,
+    notes: Iterable[str],
+) -> str:
+    """The text of the card.
+
+    Args:
+        config: What was trained.
+        model: The model it was trained on.
+        fields: ``adapter_config.json``.
+        evaluation: Metric to value.
+        data_hash: Names the data that it was trained on.
+        notes: What a user of the adapter has to know.
+
+    Raises:
+        ValueError: A metric is no name with a number, or ``data_hash`` is not one line.
+    """
+    _check(evaluation, data_hash)
+    base_model = fields["base_model_name_or_path"]
+    sections = [
+        _front_matter(base_model, _TASKS[model.task].pipeline),
+        _title(base_model, model),
+        _evaluation(evaluation),
+        _code(model, base_model or BASE),
+        *notes,
+        _training(config, data_hash),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _check(evaluation: Mapping[str, float], data_hash: str | None) -> None:
+    for metric, value in evaluation.items():
+        is_name = isinstance(metric, str) and re.fullmatch(r"[^\n|`<>]+", metric)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_name or not is_number or not math.isfinite(value):
+            raise ValueError(
+                f"`evaluation` must give names finite numbers, got {metric!r}: {value!r}."
+            )
+    if data_hash is not None and not re.fullmatch(r"[\w.:+=/ -]+", data_hash):
+        raise ValueError(f"`data_hash` must be one line of a hash, got {data_hash!r}.")
+
+
+def _front_matter(base_model: str | None, pipeline: str) -> str:
+    base = [f"base_model: {base_model}"] if base_model else []
+    library = ["library_name: peft", f"pipeline_tag: {pipeline}"]
+    tags = ["tags:", "- lora", "- lora_jax", "- transformers"]
+    return "\n".join(["---", *base, *library, *tags, "---"])
+
+
+def _title(base_model: str | None, model: "Pretrained") -> str:
+    of = f"`{base_model}`" if base_model else f"a model of type `{model.config_json['model_type']}`"
+    return f"# LoRA adapter\n\nAn adapter of {of} for {model.task}, trained with lora_jax."
+
+
+def _evaluation(evaluation: Mapping[str, float]) -> str:
+    if not evaluation:
+        return ""
+    rows = [f"| {metric} | {value:.6g} |" for metric, value in evaluation.items()]
+    return "\n".join(["## Evaluation", "", "| metric | value |", "|---|---|", *rows])
+
+
+def _code(model: "Pretrained", base: str) -> str:
+    labels = f", num_labels={model.config.num_labels}" if "classification" in model.task else ""
+    auto_class = _TASKS[model.task].auto_class
+    head = ", new_head=True" if model.new else ""
+    where = f"BASE = {json.dumps(base)}\nADAPTER = {json.dumps(ADAPTER)}"
+    lines = [
+        "## Loading",
+        "",
+        "`ADAPTER` is this directory or its hub id"
+        + (", `BASE` the base model's." if base == BASE else "."),
+        "",
+        "With PEFT:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto_class}",
+        "",
+        where,
+        f"base = {auto_class}.from_pretrained(BASE{labels})",
+        "model = PeftModel.from_pretrained(base, ADAPTER).eval()",
+        "```",
+        "",
+        "With lora_jax:",
+        "",
+        "```python",
+        "import lora_jax",
+        "from lora_jax.models import from_pretrained",
+        "",
+        where,
+        f"model = from_pretrained(BASE, {json.dumps(model.task)}{labels}{head})",
+        "frozen, trainable, config = lora_jax.load_adapter(ADAPTER, model)",
+        "params = lora_jax.merge(frozen, trainable)  # then: model.apply(params, input_ids)",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _training(config: LoraConfig, data_hash: str | None) -> str:
+    chosen = json.dumps(dataclasses.asdict(config), indent=2).replace("`", "\\u0060")
+    versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    data = [f"Data: `{data_hash}`", ""] if data_hash else []
+    return "\n".join(
+        ["## Training", "", *data, f"Versions: {versions}", "", "```json", chosen, "```"]
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed as a package)"

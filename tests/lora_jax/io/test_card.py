@@ -1,0 +1,108 @@
+"""The card: what the hub reads at its head, its facts, and code that a test runs."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from lora_jax import merge, save_adapter
+from lora_jax.models import from_pretrained
+from tests.lora_jax.io.test_peft import TASK, lora, trained
+from tests.references.checkpoints import checkpoint
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def code(card, owner):
+    """The block of Python under a line that names its library."""
+    return re.search(rf"With {owner}:\n\n```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+@pytest.fixture
+def model(tmp_path):
+    return from_pretrained(checkpoint(tmp_path / "base", "bert", TASK))
+
+
+@pytest.fixture
+def save(tmp_path, model):
+    """Saves an adapter; gives its directory and its card."""
+
+    def saved(**options):
+        _, trainable = trained(model, lora())
+        directory = save_adapter(tmp_path / "adapter", trainable, lora(), model, **options)
+        return directory, (directory / "README.md").read_text()
+
+    return saved
+
+
+def test_the_head_names_the_base_by_its_hub_id(save):
+    _, card = save(base_model="google-bert/bert-base-uncased")
+    assert front_matter(card) == {
+        "base_model": "google-bert/bert-base-uncased",
+        "library_name": "peft",
+        "pipeline_tag": "text-classification",
+        "tags": ["lora", "lora_jax", "transformers"],
+    }
+    assert 'BASE = "google-bert/bert-base-uncased"' in code(card, "PEFT")
+
+
+def test_a_base_in_a_directory_is_not_named(save, tmp_path):
+    directory, card = save()
+    assert "base_model" not in front_matter(card)
+    fields = json.loads((directory / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] is None
+    assert str(tmp_path) not in card
+
+
+def test_the_facts_are_there(save):
+    _, card = save(evaluation={"accuracy": 0.875, "BLEU-4": 66}, data_hash="sha256:12ab")
+    assert "| accuracy | 0.875 |\n| BLEU-4 | 66 |" in card
+    assert "Data: `sha256:12ab`" in card
+    assert re.search(r"Versions: lora_jax \d.*, jax \d.*, flax \d", card)
+    config = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
+    assert config["rank"] == 4
+    assert config["targets"] == ["attention/(query|value)"]
+
+
+def test_our_code_runs(save, model, tmp_path):
+    directory, card = save()
+    block = code(card, "lora_jax")
+    assert block.count('"BASE"') == block.count('"ADAPTER"') == 1
+    block = block.replace('"BASE"', repr(str(tmp_path / "base")))
+    scope = {}
+    exec(block.replace('"ADAPTER"', repr(str(directory))), scope)
+    frozen, trainable = trained(model, lora())
+    jax.tree.map(np.testing.assert_array_equal, scope["params"], merge(frozen, trainable))
+
+
+def test_our_code_runs_where_the_base_has_no_head(tmp_path):
+    base = checkpoint(tmp_path / "base", "bert", None)
+    model = from_pretrained(base, new_head=True, num_labels=5)
+    frozen, trainable = trained(model, lora())
+    directory = save_adapter(tmp_path / "adapter", trainable, lora(), model)
+    block = code((directory / "README.md").read_text(), "lora_jax")
+    block = block.replace('"BASE"', repr(str(base))).replace('"ADAPTER"', repr(str(directory)))
+    scope = {}
+    exec(block, scope)
+    jax.tree.map(np.testing.assert_array_equal, scope["params"], merge(frozen, trainable))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"evaluation": {"accuracy": float("nan")}}, "'accuracy': nan"),
+        ({"evaluation": {"a | b": 1.0}}, "must give names finite numbers"),
+        ({"evaluation": {"accuracy": True}}, "must give names finite numbers"),
+        ({"evaluation": {3: 1.0}}, "must give names finite numbers"),
+        ({"evaluation": {"accuracy": "high"}}, "must give names finite numbers"),
+        ({"data_hash": "a\n# b"}, "`data_hash` must be one line"),
+    ],
+)
+def test_facts_that_are_none_are_refused(save, options, match):
+    with pytest.raises(ValueError, match=match):
+        save(**options)

@@ -1,0 +1,208 @@
+"""The Llama family computes what PyTorch computes, in every form that the module takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_jax._paths import flatten
+from lora_jax.models import from_pretrained, init_cache, llama
+from lora_jax.testing import assert_trees_close
+from tests.references.decoders import FAMILIES, checkpoint, config_json, outputs
+
+TOLERANCE = 1e-5  # logits are below 10 and come of some hundred roundings of 2**-24
+FORMS = [pytest.param(False, id="unrolled"), pytest.param(True, id="scanned")]
+BOTH = [
+    pytest.param(family, scan, id=f"{family}-{form}")
+    for family in FAMILIES
+    for scan, form in ((False, "unrolled"), (True, "scanned"))
+]
+# Every member once; the two that have layers of both kinds in both forms.
+ONCE = [case for case in BOTH if case.values in {(f, f in ("qwen2", "gemma3")) for f in FAMILIES}]
+
+
+def load(directory, family, *, changes=None, **options):
+    return from_pretrained(checkpoint(directory, family, **changes or {}), "causal-lm", **options)
+
+
+@pytest.mark.parametrize(("family", "scan_layers"), BOTH)
+def test_logits_equal_pytorch(tmp_path, family, scan_layers):
+    expected = outputs(family)
+    model = load(tmp_path, family, scan_layers=scan_layers)
+    apply = jax.jit(model.apply)
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    plain, padded = apply(model.params, ids), apply(model.params, ids, mask)
+    assert plain.dtype == jnp.float32
+    np.testing.assert_allclose(plain, expected["plain"], rtol=0, atol=TOLERANCE)
+    kept = mask == 1
+    np.testing.assert_allclose(padded[kept], expected["padded"][kept], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("family", "scan_layers"), ONCE)
+def test_cache_equals_no_cache(tmp_path, family, scan_layers):
+    expected = outputs(family)
+    model = load(tmp_path, family, scan_layers=scan_layers)
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    cache, logits = init_cache(model.config, len(ids), 15), []
+    apply = jax.jit(model.apply)
+    for start, stop in [(0, 3), (3, 6), *((i, i + 1) for i in range(6, 12))]:
+        now, cache = apply(model.params, ids[:, start:stop], mask[:, start:stop], cache=cache)
+        logits.append(now)
+    kept = mask == 1
+    found = np.concatenate(logits, axis=1)
+    np.testing.assert_allclose(found[kept], expected["padded"][kept], rtol=0, atol=TOLERANCE)
+    assert int(cache.length) == 12
+    np.testing.assert_array_equal(cache.valid[:, :12], kept)
+
+
+def test_rows_of_a_cache_are_reordered_as_a_tree(tmp_path):
+    model = load(tmp_path, "gemma3", scan_layers=True)
+    apply, ids = jax.jit(model.apply), outputs("gemma3")["input_ids"]
+    order = np.array([2, 0, 0])
+    _, cache = apply(model.params, ids[:, :6], cache=init_cache(model.config, 3, 8))
+    moved = cache._replace(
+        key=cache.key[:, order],
+        value=cache.value[:, order],
+        valid=cache.valid[order],
+        positions=cache.positions[order],
+    )
+    one, _ = apply(model.params, ids[:, 6:8], cache=cache)
+    two, _ = apply(model.params, ids[order, 6:8], cache=moved)
+    np.testing.assert_allclose(two, one[order], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("family", "scan_layers"), ONCE)
+def test_packed_sequences_are_as_each_alone(tmp_path, family, scan_layers):
+    model = load(tmp_path, family, scan_layers=scan_layers)
+    ids = outputs(family)["input_ids"][:1]
+    segments = np.array([[3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
+    apply = jax.jit(model.apply)
+    packed = apply(model.params, ids, segment_ids=segments)
+    for start, stop in ((0, 3), (3, 10)):
+        alone = apply(model.params, ids[:, start:stop])
+        np.testing.assert_allclose(packed[:, start:stop], alone, rtol=0, atol=TOLERANCE)
+
+
+def test_positions_may_be_given(tmp_path):
+    model = load(tmp_path, "llama", scan_layers=True)
+    expected = outputs("llama")
+    ids, mask, positions = (
+        expected[name] for name in ("input_ids", "attention_mask", "position_ids")
+    )
+    apply, kept = jax.jit(model.apply), mask == 1
+    given = apply(model.params, ids, mask, positions=positions)[kept]
+    np.testing.assert_allclose(given, expected["padded"][kept], rtol=0, atol=TOLERANCE)
+    farther = apply(model.params, ids, mask, positions=positions * 3)[kept]
+    assert not np.allclose(farther, given, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"),
+    [
+        pytest.param(False, True, id="unrolled"),
+        pytest.param(True, True, id="scanned"),
+        pytest.param(True, "dots", id="scanned-dots"),
+    ],
+)
+def test_remat_changes_memory_only(tmp_path, scan_layers, remat):
+    ids = jnp.asarray(outputs("qwen2")["input_ids"])
+    directory = checkpoint(tmp_path, "qwen2")
+    plain, other = (
+        from_pretrained(directory, "causal-lm", scan_layers=scan_layers, remat=name)
+        for name in (False, remat)
+    )
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda params: jnp.mean(model.apply(params, ids) ** 2)))
+
+    jaxprs = [str(jax.make_jaxpr(gradient(m))(m.params)) for m in (plain, other)]
+    assert ["checkpoint" in text or "remat" in text for text in jaxprs] == [False, True]
+    one, two = (gradient(m)(m.params) for m in (plain, other))
+    # The same operations, fused differently: rounding of sums of some hundred terms.
+    assert_trees_close(two, one, relative=1e-5)
+
+
+@pytest.mark.parametrize(("family", "scan_layers"), ONCE)
+def test_bfloat16_is_close_and_logits_are_float32(tmp_path, family, scan_layers):
+    expected = outputs(family)
+    model = load(tmp_path, family, scan_layers=scan_layers, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
+    logits = jax.jit(model.apply)(model.params, expected["input_ids"])
+    assert logits.dtype == jnp.float32
+    # A layer rounds about ten times, each time by 2**-9 at most, and errors add like a walk:
+    # 2**-9 * sqrt(10 * layers) is 1 % of a typical activation; five times that for the largest.
+    largest = np.abs(expected["plain"]).max()
+    np.testing.assert_allclose(logits, expected["plain"], rtol=0, atol=0.05 * largest)
+
+
+def test_bfloat16_keeps_softmax_norms_and_rotations_in_float32(tmp_path):
+    model = load(tmp_path, "gemma3", dtype=jnp.bfloat16)
+    jaxpr = str(jax.make_jaxpr(model.apply)(model.params, outputs("gemma3")["input_ids"]))
+    for operation in ("exp", "rsqrt", "cos", "sin", "reduce_max"):
+        lines = [line for line in jaxpr.splitlines() if f"= {operation}" in line]
+        assert lines
+        assert not any("bf16" in line for line in lines)
+
+
+def test_weights_may_be_float32_and_arithmetic_bfloat16(tmp_path):
+    model = load(tmp_path, "qwen3", compute_dtype=jnp.bfloat16, scan_layers=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.float32)}
+    logits = jax.jit(model.apply)(model.params, outputs("qwen3")["input_ids"])
+    assert logits.dtype == jnp.float32
+    np.testing.assert_array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_dropout_key_is_accepted_and_changes_nothing(tmp_path):
+    model = load(tmp_path, "mistral", scan_layers=True)
+    ids = outputs("mistral")["input_ids"]
+    off = model.apply(model.params, ids)
+    np.testing.assert_array_equal(
+        model.apply(model.params, ids, dropout_key=jax.random.key(0)), off
+    )
+
+
+def test_a_token_outside_the_vocabulary_is_not_silent(tmp_path):
+    model = load(tmp_path, "llama")
+    assert np.isnan(model.apply(model.params, np.array([[5, 99]], np.int32))).any()
+
+
+def test_old_buffers_and_a_copy_of_the_tied_table_are_read_past(tmp_path):
+    file = checkpoint(tmp_path, "qwen3") / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, file)
+    assert "lm_head" not in from_pretrained(tmp_path, "causal-lm").params
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, file)
+    with pytest.raises(ValueError, match=r"tied: lm_head.weight differs"):
+        from_pretrained(tmp_path, "causal-lm")
+
+
+def test_a_base_without_its_head_is_refused(tmp_path):
+    file = checkpoint(tmp_path, "llama") / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file)
+    with pytest.raises(ValueError, match=r"missing: lm_head.weight"):
+        from_pretrained(tmp_path, "causal-lm")
+
+
+@pytest.mark.parametrize("scan_layers", FORMS)
+def test_paths_and_published_names(scan_layers):
+    config = llama.read_config(config_json("gemma3"))
+    table = llama.name_table(config, "causal-lm", scan_layers=scan_layers)
+    layer = "layers" if scan_layers else "layers/2"
+    names = {
+        "attention/query/kernel": "self_attn.q_proj.weight",
+        "attention/key_norm/scale": "self_attn.k_norm.weight",
+        "attention_norm/scale": "input_layernorm.weight",
+        "attention_out_norm/scale": "post_attention_layernorm.weight",
+        "mlp_norm/scale": "pre_feedforward_layernorm.weight",
+        "mlp_out_norm/scale": "post_feedforward_layernorm.weight",
+        "mlp/down/kernel": "mlp.down_proj.weight",
+    }
+    for ours, theirs in names.items():
+        entry = table.entries[f"{layer}/{ours}"]
+        assert entry.tensors[-1] == f"model.layers.2.{theirs}"
+        assert (len(entry.tensors), entry.stacked) == ((3, True) if scan_layers else (1, False))
+        assert entry.transposed == ours.endswith("kernel")
+    assert table.entries["embed_tokens/embedding"].kind == "embedding"
