@@ -76,7 +76,7 @@ def evaluate(
 
     config, names = read_run(directory, data)
     task = task_of(config)
-    sets = task.load_evaluation(config, names, data)
+    sets = task.load_evaluation(config, names, config.data.train if data else None)
     model = load_model(config, len(names) or None)
     halves = model.params, {}
     if not base:

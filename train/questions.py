@@ -33,13 +33,14 @@ def questions(examples: Sequence[Tokens]) -> list[Question]:
 
 
 def scored(asked: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
-    """Scores of what was written, over the questions that have references; empty without any."""
+    """Scores of what was written to the questions that have references, and their number."""
     pairs = [(text, q) for q, text in zip(asked, texts, strict=True) if q.references]
     if not pairs:
         return {}
     from .scores import nlg_scores
 
-    return nlg_scores([text for text, _ in pairs], [list(q.references) for _, q in pairs])
+    found = nlg_scores([text for text, _ in pairs], [list(q.references) for _, q in pairs])
+    return {**found, "prompts": len(pairs)}
 
 
 def clip(text: str) -> str:

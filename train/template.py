@@ -31,8 +31,10 @@ def render(
             "The data is chats (messages), and the tokenizer has no chat template: choose an "
             "instruction-tuned model, or give prompt and completion."
         )
-    import jinja2
-
+    try:
+        import jinja2
+    except ImportError:
+        raise ValueError("Chat templates need jinja2: pip install 'lora_jax[train]'.") from None
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt

@@ -22,6 +22,7 @@ EXTRAS = {
     "datasets": "datasets",
     "transformers": "transformers",
     "tokenizers": "tokenizers",
+    "jinja2": "jinja2",
     "grain": "grain",
     "scikit-learn": "sklearn",
     "matplotlib": "matplotlib",

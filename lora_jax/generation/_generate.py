@@ -92,6 +92,7 @@ def _program(model: Decoder, options: GenerationOptions) -> Program:
         sampled=options.temperature > 0,
         filtered=options.top_k > 0 or options.top_p < 1,
         ngram=options.no_repeat_ngram_size,
+        ngram_in_prompt=options.no_repeat_ngram_in_prompt,
         penalised=options.repetition_penalty != 1,
     )
 

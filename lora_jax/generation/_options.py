@@ -31,6 +31,9 @@ class GenerationOptions:
             the length counts its new tokens; above 0 favours long ones.
         no_repeat_ngram_size: No run of that many tokens comes twice in prompt and new tokens
             together; 0 is off.
+        no_repeat_ngram_in_prompt: Whether the prompt's runs count. True is transformers' way;
+            False, for a text that says what its prompt says, is that of the reference
+            implementation's E2E experiments (microsoft/LoRA, ``gpt2_beam.py``).
         repetition_penalty: Divides the positive scores of tokens that the row already has, and
             multiplies the negative ones (arXiv 1909.05858, 4.1); 1 is off.
         eos_token_id: Token or tokens that end a row. None: not stated, which is none for
@@ -49,6 +52,7 @@ class GenerationOptions:
     num_beams: int = 1
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    no_repeat_ngram_in_prompt: bool = True
     repetition_penalty: float = 1.0
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -123,6 +127,8 @@ def _without_effect(options: GenerationOptions) -> Iterable[str]:
         yield f"Beam search does not sample: `num_beams` is {options.num_beams} and " + (
             f"`temperature` {options.temperature}. Set one of them to its default."
         )
+    if not options.no_repeat_ngram_in_prompt and not options.no_repeat_ngram_size:
+        yield "`no_repeat_ngram_in_prompt` is for `no_repeat_ngram_size` above 0."
     if options.length_penalty != 1.0 and options.num_beams == 1:
         yield "`length_penalty` is for beam search: give `num_beams` above 1."
 

@@ -29,11 +29,13 @@ def process(
         starts: ``(rows,)``, the column of each row's first token.
         step: How many new tokens there are.
     """
-    end = ids.shape[1] - program.max_new_tokens + step
+    width = ids.shape[1] - program.max_new_tokens
+    end = width + step
     if program.penalised:
         scores = penalise_repetition(scores, ids, starts, end, numbers.repetition_penalty)
     if program.ngram:
-        banned = repeated_ngrams(ids, starts, end, program.ngram, scores.shape[1])
+        begin = starts if program.ngram_in_prompt else jnp.full_like(starts, width)
+        banned = repeated_ngrams(ids, begin, end, program.ngram, scores.shape[1])
         scores = jnp.where(banned, -jnp.inf, scores)
     too_early = is_eos(jnp.arange(scores.shape[1])[None, :], numbers)
     return jnp.where(too_early & (step < numbers.min_new_tokens), -jnp.inf, scores)

@@ -59,6 +59,7 @@ class Program:
         sampled: Whether tokens are sampled.
         filtered: Whether ``top_k`` or ``top_p`` is on; they sort the vocabulary.
         ngram: ``no_repeat_ngram_size``.
+        ngram_in_prompt: ``no_repeat_ngram_in_prompt``.
         penalised: Whether ``repetition_penalty`` is on.
     """
 
@@ -69,6 +70,7 @@ class Program:
     sampled: bool
     filtered: bool
     ngram: int
+    ngram_in_prompt: bool
     penalised: bool
 
 

@@ -6,7 +6,6 @@ nothing on another machine.
 
 import dataclasses
 import json
-import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
@@ -80,10 +79,8 @@ def _check(evaluation: Mapping[str, float], data_hash: str | None) -> None:
     for metric, value in evaluation.items():
         is_name = isinstance(metric, str) and re.fullmatch(r"[^\n|`<>]+", metric)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not is_name or not is_number or not math.isfinite(value):
-            raise ValueError(
-                f"`evaluation` must give names finite numbers, got {metric!r}: {value!r}."
-            )
+        if not (is_name and is_number):
+            raise ValueError(f"`evaluation` must give names numbers, got {metric!r}: {value!r}.")
     if data_hash is not None and not re.fullmatch(r"[\w.:+=/ -]+", data_hash):
         raise ValueError(f"`data_hash` must be one line of a hash, got {data_hash!r}.")
 

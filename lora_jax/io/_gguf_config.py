@@ -25,7 +25,7 @@ _FIXED = {
     "attn_logit_softcapping": 0.0,
     "use_parallel_residual": False,
 }
-# Keys that `_rope` and `_heads` read or check.
+# Keys that `_complete` and `_scale_rope` read or check.
 _DERIVED = (
     *("rope.dimension_count", "attention.value_length"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned"),

@@ -107,11 +107,11 @@ def _misfit_factors(adapter: Adapter, path: str) -> Iterable[str]:
     pairs = [pair for pair in adapter.found.low_rank[path].values() if pair.a and pair.b]
     size_in, size_out = adapter.weights[path].shape[-2:]
     for pair in pairs:
-        rank, _, _ = adapter.rate(pair)
+        rank, _, parts = adapter.rate(pair)
         for tensor, shape in ((pair.a, (rank, size_in)), (pair.b, (size_out, rank))):
             if tensor and tensor.shape != shape:
                 yield f"shape: {tensor.name} is {tensor.shape}, the model and config say {shape}"
-        if rank > min(size_in, size_out):
+        if rank // sum(parts or (1,)) > min(size_in, size_out):
             yield f"rank: {pair.module} is {size_in} by {size_out}, and has factors of rank {rank}"
     if len({adapter.rate(pair) for pair in pairs}) > 1:
         yield f"layers: {path} is stacked, and its layers differ in rank or alpha: {_UNROLL}"

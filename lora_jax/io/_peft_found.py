@@ -95,8 +95,10 @@ def _put_tied(found: Found, key: keys.Key, spelled: str, path: str, tensor: Tens
             _once(found, found.tied_full, spelled, tensor)
         case "base":
             _once(found, found.base, (path, tensor.name), (0, tensor))
-        case "copy" | "unused":
+        case "copy":
             found.problems.append(f"unmapped: {tensor.name} {tensor.shape}")
+        case "unused":
+            pass
 
 
 def _pair(found: Found, pair: Pair | None, key: keys.Key, tensor: Tensor) -> Pair:

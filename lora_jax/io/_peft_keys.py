@@ -26,7 +26,8 @@ _FACTORS: dict[str, tuple[str, str]] = {
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
 
-_OWNED = r"(?P<module>.+)\.{}\.(?P<own>[^.]+)"
+# Of a saved module that holds others, PEFT leaves the adapter's name, "default", in the key.
+_OWNED = r"(?P<module>.+?)\.{}\.(?:default\.)?(?P<own>.+)"
 _FORMS: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"(?P<module>.+)\.(?P<factor>lora_(?:A\.weight|embedding_A))"), "a"),
     (re.compile(r"(?P<module>.+)\.(?P<factor>lora_(?:B\.weight|embedding_B))"), "b"),

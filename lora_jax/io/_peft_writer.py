@@ -97,7 +97,7 @@ def _written(trainable: Mapping[str, Any], model: "Pretrained", profile: Profile
     full = [path for path in trainable if path not in low_rank]
     unfit = list(_unfit(trainable, model))
     modules = [] if unfit else _modules(low_rank, names)
-    adapted = [module.name for module in modules]
+    adapted = {m for path in low_rank.keys() & names.entries for m in names.entries[path].modules}
     trained = _peft_trained.describe(full, adapted, names)
     problems = [
         *unfit,
@@ -110,7 +110,8 @@ def _written(trainable: Mapping[str, Any], model: "Pretrained", profile: Profile
         raise ValueError(f"This cannot be written as an adapter:{listed}")
     modules = _peft_modules.bake(modules) if profile == "vllm" else modules
     tensors = {key: tensor for module in modules for key, tensor in module.tensors().items()}
-    tensors |= _peft_trained.tensors(trained, trainable, adapted, model)
+    by_name = {module.name for module in modules}
+    tensors |= _peft_trained.tensors(trained, trainable, by_name, model)
     note = {} if profile == "vllm" else write_note(_parts(low_rank, names))
     return _Written(modules, trained, tensors, note)
 

@@ -45,6 +45,13 @@ def torch_logits(model, given):
     return output.logits.numpy()
 
 
+def assert_same(ours, theirs):
+    """To rounding, next to the largest logit."""
+    difference = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
+    print(f"largest difference {difference:.1e}, next to the largest logit")
+    assert difference < TOLERANCE
+
+
 def lora(**changes) -> LoraConfig:
     fields = {"rank": 4, "alpha": 10.0, "targets": ("attention/(query|value)",), "dropout": 0.1}
     return LoraConfig(**(fields | {"train": ("classifier/.*",)} | changes))
@@ -104,9 +111,7 @@ def test_peft_loads_what_we_save(tmp_path, family, task, config):
         theirs = peft.PeftModel.from_pretrained(plain, adapter).eval()
     expected = torch_logits(theirs, given)
     ours = np.asarray(jax.jit(model.apply)(merge(frozen, trainable), **given))
-    difference = np.abs(ours - expected).max()
-    print(f"largest difference {difference:.1e}")
-    assert difference < TOLERANCE
+    assert_same(ours, expected)
     assert np.abs(expected - before).max() > 1e-2
     cases.assert_peft_would_write_the_same(theirs, adapter, tmp_path / "again")
 
@@ -145,6 +150,9 @@ def test_peft_loads_what_we_save(tmp_path, family, task, config):
         ),
         pytest.param("bert", SEQUENCE, {"target_modules": ["query"], "bias": "all"}, id="bias-all"),
         pytest.param(
+            "roberta", SEQUENCE, {"target_modules": ["query"], "bias": "all"}, id="bias-all-head"
+        ),
+        pytest.param(
             "roberta",
             SEQUENCE,
             {"target_modules": ["query"], "bias": "lora_only"},
@@ -169,9 +177,7 @@ def test_we_load_what_peft_saves(tmp_path, family, task, config, scan_layers):
     frozen, trainable, _ = load_adapter(tmp_path / "adapter", model)
     given = inputs(family)
     ours = np.asarray(jax.jit(model.apply)(merge(frozen, trainable), **given))
-    difference = np.abs(ours - torch_logits(theirs, given)).max()
-    print(f"largest difference {difference:.1e}")
-    assert difference < TOLERANCE
+    assert_same(ours, torch_logits(theirs, given))
 
 
 @pytest.mark.parametrize("profile", ["peft", "vllm"])
@@ -187,4 +193,4 @@ def test_pefts_code_on_the_card_runs(tmp_path, profile):
     exec(block.replace('"BASE"', repr(str(base))).replace('"ADAPTER"', repr(str(adapter))), scope)
     given = inputs("bert")
     ours = np.asarray(jax.jit(model.apply)(merge(frozen, trainable), **given))
-    assert np.abs(ours - torch_logits(scope["model"], given)).max() < TOLERANCE
+    assert_same(ours, torch_logits(scope["model"], given))

@@ -130,3 +130,14 @@ def test_bad_input_leaves_nothing(tmp_path, capsys, shelf, options, message):
     assert (code, out) == (2, "")
     assert message in err
     assert (listing(what), listing(tmp_path)) == before
+
+
+def test_help_has_examples_that_parse(capsys):
+    code, out, _ = run(capsys, "export", "--help")
+    assert code == 0
+    examples = [line.split() for line in out.splitlines() if line.startswith("  lora-jax export")]
+    assert len(examples) > 1
+    for _, *arguments in examples:
+        code, _, err = run(capsys, *arguments)
+        assert code == 2  # the paths are not here, and nothing else is wrong
+        assert "does not exist" in err

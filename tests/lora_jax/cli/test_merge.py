@@ -356,3 +356,14 @@ def test_merging_twice_is_merging_a_merged_base(tmp_path, capsys, shelf):
     expected, _ = flatten(merge(frozen, trainable))
     actual, _ = flatten(from_pretrained(twice, "causal-lm").params)
     assert_trees_equal(actual, expected)
+
+
+def test_help_has_examples_that_parse(capsys):
+    code, out, _ = run(capsys, "merge", "--help")
+    assert code == 0
+    examples = [line.split() for line in out.splitlines() if line.startswith("  lora-jax merge")]
+    assert len(examples) > 1
+    for _, *arguments in examples:
+        code, _, err = run(capsys, *arguments)
+        assert code == 2  # the paths are not here, and nothing else is wrong
+        assert "does not exist" in err

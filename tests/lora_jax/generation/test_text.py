@@ -19,7 +19,7 @@ def counting():
     return model, params, toys.tokenizer("a", "b", "c")
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
+@pytest.mark.parametrize("batch_size", [2, 32])
 def test_texts_come_back_in_order(batch_size):
     seen = []
     texts = generate_text(

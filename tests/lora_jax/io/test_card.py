@@ -10,6 +10,7 @@ import yaml
 
 from lora_jax import merge, save_adapter
 from lora_jax.models import from_pretrained
+from tests.lora_jax.io import test_peft_decoders as decoders
 from tests.lora_jax.io.test_peft import TASK, lora, trained
 from tests.references.checkpoints import checkpoint
 
@@ -60,8 +61,10 @@ def test_a_base_in_a_directory_is_not_named(save, tmp_path):
 
 
 def test_the_facts_are_there(save):
-    _, card = save(evaluation={"accuracy": 0.875, "BLEU-4": 66}, data_hash="sha256:12ab")
-    assert "| accuracy | 0.875 |\n| BLEU-4 | 66 |" in card
+    _, card = save(
+        evaluation={"accuracy": 0.875, "BLEU-4": 66, "loss": float("inf")}, data_hash="sha256:12ab"
+    )
+    assert "| accuracy | 0.875 |\n| BLEU-4 | 66 |\n| loss | inf |" in card
     assert "Data: `sha256:12ab`" in card
     assert re.search(r"Versions: lora_jax \d.*, jax \d.*, flax \d", card)
     config = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
@@ -95,14 +98,30 @@ def test_our_code_runs_where_the_base_has_no_head(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"evaluation": {"accuracy": float("nan")}}, "'accuracy': nan"),
-        ({"evaluation": {"a | b": 1.0}}, "must give names finite numbers"),
-        ({"evaluation": {"accuracy": True}}, "must give names finite numbers"),
-        ({"evaluation": {3: 1.0}}, "must give names finite numbers"),
-        ({"evaluation": {"accuracy": "high"}}, "must give names finite numbers"),
+        ({"evaluation": {"a | b": 1.0}}, "must give names numbers"),
+        ({"evaluation": {"accuracy": True}}, "must give names numbers"),
+        ({"evaluation": {3: 1.0}}, "must give names numbers"),
+        ({"evaluation": {"accuracy": "high"}}, "must give names numbers"),
         ({"data_hash": "a\n# b"}, "`data_hash` must be one line"),
     ],
 )
 def test_facts_that_are_none_are_refused(save, options, match):
     with pytest.raises(ValueError, match=match):
         save(**options)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "note"),
+    [
+        ("llama-tied", {"targets": ("embed_tokens",)}, "merge_and_unload. adds the update.*twice"),
+        ("gpt2", {"targets": ("qkv",), "parts": {"qkv": (True, False, True)}}, "adapted in part"),
+    ],
+)
+def test_what_a_user_of_the_file_must_know_is_there(tmp_path, family, config, note):
+    config = decoders.lora(**config)
+    model = decoders.model_of(family)
+    directory = save_adapter(tmp_path / "a", decoders.trained(model, config)[1], config, model)
+    card = (directory / "README.md").read_text()
+    assert re.search(note, card, re.DOTALL)
+    assert "AutoModelForCausalLM" in code(card, "PEFT")
+    assert front_matter(card)["pipeline_tag"] == "text-generation"

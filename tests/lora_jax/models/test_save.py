@@ -115,7 +115,7 @@ def test_weights_are_written_in_their_own_dtype_or_the_one_asked_for(tmp_path, s
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+@pytest.mark.parametrize("dtype", [None, "float32"])
 def test_merging_while_writing_equals_merging_first(tmp_path, dtype, scan_layers):
     base = checkpoint(tmp_path / "base", "bert", TASK)
     model = from_pretrained(base, dtype=jnp.bfloat16, scan_layers=scan_layers)
@@ -213,34 +213,28 @@ def test_every_problem_of_the_weights_is_listed(tmp_path):
 FULL_DISK = """
 import resource, sys
 from lora_jax.models import from_pretrained, save_pretrained
-base, new, limit = sys.argv[1:]
+base, new = sys.argv[1:]
 model = from_pretrained(base)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    save_pretrained(new, model, model.params, max_shard_bytes=int(limit), overwrite=True)
-except OSError as error:
-    print(error)
+for limit in (50_000, 15_000):
+    try:
+        save_pretrained(new, model, model.params, max_shard_bytes=limit, overwrite=True)
+    except OSError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize(
-    ("shard_bytes", "message"),
-    [
-        pytest.param(50_000, "model-00001-of-00002.safetensors could not be written", id="weights"),
-        pytest.param(15_000, "tokenizer.json", id="tokenizer"),
-    ],
-)
-def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, shard_bytes, message):
-    """A limit on the size of a file, 20 kB, stands for the disk."""
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path):
+    """A limit on the size of a file, 20 kB, stands for the disk: for shards, then for a copy."""
     base = checkpoint(tmp_path / "base", "bert", TASK)
     (base / "tokenizer.json").write_bytes(b"x" * 50_000)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "precious").write_text("")
     before = listing(tmp_path)
-    arguments = [str(base), str(tmp_path / "new"), str(shard_bytes)]
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", FULL_DISK, str(base), str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert message in done.stdout
+    shards, copy = done.stdout.splitlines()
+    assert "model-00001-of-00002.safetensors could not be written" in shards
+    assert "tokenizer.json" in copy
     assert listing(tmp_path) == before
