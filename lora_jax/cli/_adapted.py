@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from .. import models
 from .._weights import Factors
-from ..io import _adapter_config, _peft_keys, gguf, hub, hugging_face, load_adapter
+from ..io import gguf, hub, hugging_face, load_adapter
 from ..io._safetensors import Tensor, tensors_in
+from ..io.peft import _config as adapter_config, _keys as peft_keys
 from ..models._families import family_of
 
 RUN_CONFIG, RUN_ADAPTER = "config.yaml", "adapter"  # as `lora-jax train` names them
-MARKS = ("config.json", _adapter_config.FILE)  # of a directory that may be replaced
+MARKS = ("config.json", adapter_config.FILE)  # of a directory that may be replaced
 _DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "F64": jnp.float32}
 
 
@@ -159,7 +160,7 @@ def _adapter_directory(given: Path) -> Path:
         raise ValueError(f"The adapter {given} {found}: name a directory.")
     inside = given / RUN_ADAPTER
     directory = inside if (given / RUN_CONFIG).is_file() and inside.is_dir() else given
-    for name in (_adapter_config.FILE, _adapter_config.WEIGHTS):
+    for name in (adapter_config.FILE, adapter_config.WEIGHTS):
         if not (directory / name).is_file():
             has = ", ".join(sorted(file.name for file in directory.iterdir())) or "nothing"
             raise ValueError(f"{directory} is not an adapter: it has no {name}, but {has}.")
@@ -168,8 +169,8 @@ def _adapter_directory(given: Path) -> Path:
 
 def _names(adapter: Path) -> tuple[str | None, str | None]:
     """``task_type`` and ``base_model_name_or_path``, once the whole config is known to be right."""
-    _adapter_config.read(adapter)
-    fields = json.loads((adapter / _adapter_config.FILE).read_text(encoding="utf-8"))
+    adapter_config.read(adapter)
+    fields = json.loads((adapter / adapter_config.FILE).read_text(encoding="utf-8"))
     names = [fields.get(name) or None for name in ("task_type", "base_model_name_or_path")]
     if not all(isinstance(name, str | None) for name in names):
         raise ValueError(f"{adapter}: `task_type` and `base_model_name_or_path` must be names.")
@@ -209,7 +210,7 @@ def _check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
 
 def _task(task_type: str | None, config_json: Mapping[str, Any]) -> str:
     """What the model is for: as the adapter says, or as the base's own head does."""
-    by_type = {peft: ours for ours, peft in _adapter_config.TASK_TYPES.items() if peft}
+    by_type = {peft: ours for ours, peft in adapter_config.TASK_TYPES.items() if peft}
     if task_type in by_type:
         return by_type[task_type]
     if task_type is not None:
@@ -233,8 +234,8 @@ def _num_labels(adapter: Path, config_json: Mapping[str, Any], task: str) -> int
     family = family_of(config_json)
     names = family.name_table(family.read_config(config_json), task, scan_layers=False)
     saved: dict[str, Tensor] = {}
-    for name, tensor in tensors_in(adapter / _adapter_config.WEIGHTS).items():
-        key = _peft_keys.parse(name)
+    for name, tensor in tensors_in(adapter / adapter_config.WEIGHTS).items():
+        key = peft_keys.parse(name)
         if key is not None and key.role == "full":
             saved[names.key(key.tensor)] = tensor
     head = [entry for path, entry in names.entries.items() if names.in_head(path)]

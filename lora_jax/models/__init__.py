@@ -1,4 +1,4 @@
-"""Models: published encoders as Flax modules, loaded by name.
+"""Models: published encoders and decoders as Flax modules, loaded by name.
 
     model = from_pretrained("google-bert/bert-base-uncased", num_labels=2)
     logits = model.apply(model.params, input_ids, attention_mask)

@@ -3,7 +3,8 @@
     x = x + out(attention(rotate(query(n)), rotate(key(n)), value(n)))      n = norm(x)
     x = x + down(act(gate(n)) * up(n))                                      n = norm(x)
 
-What its members do differently are fields of `LlamaConfig`; see there for their papers.
+What its members do differently are fields of `LlamaConfig`; `lora_jax.models.llama` names the
+papers.
 """
 
 from typing import Any, NamedTuple

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lora_jax.io import _adapter_config
-from lora_jax.io._peft_matching import (
+from lora_jax.io.peft import _config
+from lora_jax.io.peft._matching import (
     covering_names,
     fault,
     in_layers,
@@ -36,13 +36,13 @@ def write(directory, text):
 )
 def test_text_that_is_no_config_is_refused(tmp_path, text, match):
     with pytest.raises(ValueError, match=match):
-        _adapter_config.read(write(tmp_path, text))
+        _config.read(write(tmp_path, text))
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match="is not JSON"):
-        _adapter_config.read(tmp_path)
+        _config.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_a_field_of_a_wrong_type_is_refused(tmp_path, field, value, words):
     write(tmp_path, json.dumps(PLAIN | {field: value}))
     with pytest.raises(ValueError, match=f"`{field}` is .*; it must be {words}"):
-        _adapter_config.read(tmp_path)
+        _config.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_a_field_of_a_wrong_type_is_refused(tmp_path, field, value, words):
 def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, match):
     write(tmp_path, json.dumps(PLAIN | changes))
     with pytest.raises(ValueError, match=match) as error:
-        _adapter_config.read(tmp_path)
+        _config.read(tmp_path)
     assert len(str(error.value)) < 1000
 
 
 def test_every_problem_is_in_one_list(tmp_path):
     write(tmp_path, json.dumps(PLAIN | {"r": None, "use_dora": True, "spam": 1}))
     with pytest.raises(ValueError, match=r"(?s)`r` is missing.*`spam` is 1.*`use_dora` is True"):
-        _adapter_config.read(tmp_path)
+        _config.read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_jax import save_adapter, split
-from lora_jax.io import _peft_modules
 from tests.lora_jax.io.test_peft_decoders import WEIGHTS, lora, model_of, trained
 
 MIXED = {
@@ -101,7 +100,7 @@ def test_what_vllm_refuses_is_refused(tmp_path, family, config, match):
 
 
 def test_a_rank_above_vllms_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(_peft_modules, "VLLM_MAX_RANK", 3)
+    monkeypatch.setattr(_modules, "VLLM_MAX_RANK", 3)
     model = model_of("llama")
     _, trainable = split(model.params, lora(), jax.random.key(0))
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: vLLM takes ranks up to 3"):

@@ -13,7 +13,9 @@ from tests.references.decoders import checkpoint, outputs
 CASES = [
     pytest.param("llama", ("all-linear",), False, False, id="llama-unrolled"),
     pytest.param("llama", ("query", "lm_head"), True, "dots", id="untied-head-scanned-dots"),
-    pytest.param("gemma3", ("all-linear", "embed_tokens"), True, True, id="tied-table-scanned-remat"),
+    pytest.param(
+        "gemma3", ("all-linear", "embed_tokens"), True, True, id="tied-table-scanned-remat"
+    ),
 ]
 
 

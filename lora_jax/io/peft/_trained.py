@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_jax.io import _peft_keys as keys, _peft_tied as tied
-from lora_jax.io._adapter_config import PREFIX
 from lora_jax.io.hugging_face import published_tensors
 from lora_jax.io.names import NameTable
+from lora_jax.io.peft import _keys as keys, _tied as tied
+from lora_jax.io.peft._config import PREFIX
 
 if TYPE_CHECKING:
     from lora_jax.models import Pretrained

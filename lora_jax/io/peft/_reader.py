@@ -16,12 +16,12 @@ from lora_jax._config import LoraConfig
 from lora_jax._partition import split
 from lora_jax._paths import flatten
 from lora_jax._weights import Factors
-from lora_jax.io import _adapter_config, _peft_found, _peft_parts
-from lora_jax.io._adapter_config import WEIGHTS, commonest, tidy
-from lora_jax.io._peft_checks import Adapter, problems
-from lora_jax.io._peft_found import Pair
 from lora_jax.io._safetensors import Tensor, tensors_in
 from lora_jax.io.hugging_face import read_weight
+from lora_jax.io.peft import _config, _found, _parts
+from lora_jax.io.peft._checks import Adapter, problems
+from lora_jax.io.peft._config import WEIGHTS, commonest, tidy
+from lora_jax.io.peft._found import Pair
 
 if TYPE_CHECKING:
     from lora_jax.models import Pretrained
@@ -49,15 +49,15 @@ def load_adapter(
             shape, or mean something that one tied weight cannot; all are listed.
     """
     directory = Path(directory)
-    fields = _adapter_config.read(directory)
+    fields = _config.read(directory)
     tensors = _tensors(directory)
-    parts = _peft_parts.read_note(directory / WEIGHTS)
-    found = _peft_found.sort(tensors, model.names, biases_train=fields.bias != "none")
+    parts = _parts.read_note(directory / WEIGHTS)
+    found = _found.sort(tensors, model.names, biases_train=fields.bias != "none")
     weights, _ = flatten(model.params)
     adapter = Adapter(found, fields, parts, model.names, weights)
     if listed := "".join(f"\n  {problem}" for problem in problems(adapter)):
         raise ValueError(f"The adapter in {directory} does not fit the model:{listed}")
-    config = _config(adapter)
+    config = _lora_config(adapter)
     frozen, trainable = split(model.params, config, jax.random.key(0))
     for path in found.low_rank:
         trainable[path] = _read_factors(adapter, path, trainable[path])
@@ -78,7 +78,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     raise ValueError(f"{directory} has no {WEIGHTS}.")
 
 
-def _config(adapter: Adapter) -> LoraConfig:
+def _lora_config(adapter: Adapter) -> LoraConfig:
     """Our config of a file: the commonest rank and alpha, patterns for the others."""
     found, fields, entries = adapter.found, adapter.config, adapter.names.entries
     first = {path: next(iter(pairs.values())) for path, pairs in found.low_rank.items()}
@@ -122,4 +122,4 @@ def _read_pair(pair: Pair, parts: Mapping[str, tuple[bool, ...]]) -> tuple[np.nd
     assert pair.a is not None
     assert pair.b is not None
     a, b = pair.a.read().T, pair.b.read().T
-    return _peft_parts.take_apart(a, b, parts[pair.module]) if pair.module in parts else (a, b)
+    return _parts.take_apart(a, b, parts[pair.module]) if pair.module in parts else (a, b)

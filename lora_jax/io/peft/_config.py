@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lora_jax.io import _peft_matching as matching
+from lora_jax.io.peft import _matching as matching
 
 Value = TypeVar("Value")
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lora_jax.io import _peft_keys as keys
-from lora_jax.io._peft_tied import module_of, tied_paths
 from lora_jax.io._safetensors import FLOATS, Tensor
 from lora_jax.io.names import NameTable
+from lora_jax.io.peft import _keys as keys
+from lora_jax.io.peft._tied import module_of, tied_paths
 
 
 class Pair(NamedTuple):

@@ -10,8 +10,8 @@ Names come from the model's one table (`lora_jax.io.names`). What the format, or
 cannot express is an error that names the weight: nothing is dropped and nothing is guessed.
 
 A tied embedding is one weight here, adapted in both uses, and two modules in a file, which must
-agree (``_peft_tied.py``). A kernel adapted in part is one block adapter there (``_peft_parts.py``).
+agree (``_tied.py``). A kernel adapted in part is one block adapter there (``_parts.py``).
 """
 
-from ._peft_reader import load_adapter as load_adapter
-from ._peft_writer import save_adapter as save_adapter
+from ._reader import load_adapter as load_adapter
+from ._writer import save_adapter as save_adapter

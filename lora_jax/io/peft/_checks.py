@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax._config import Parts
-from lora_jax.io import _peft_keys as keys, _peft_parts as parts_of, _peft_tied as tied
-from lora_jax.io._adapter_config import PREFIX, AdapterConfig
-from lora_jax.io._peft_found import Found, Pair
 from lora_jax.io.hugging_face import published_shape, published_tensors
 from lora_jax.io.names import Kind, NameTable, Published
+from lora_jax.io.peft import _keys as keys, _parts as parts_of, _tied as tied
+from lora_jax.io.peft._config import PREFIX, AdapterConfig
+from lora_jax.io.peft._found import Found, Pair
 
 _UNROLL = "load the model with scan_layers=False"
 

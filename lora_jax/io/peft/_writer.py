@@ -12,15 +12,15 @@ from safetensors.numpy import save_file
 from lora_jax._config import LoraConfig
 from lora_jax._parts import PartFactors
 from lora_jax._weights import Factors
-from lora_jax.io import _adapter_config, _card, _peft_keys, _peft_modules, _peft_tied, _peft_trained
-from lora_jax.io._adapter_config import HEAD_TYPES, TASK_TYPES, WEIGHTS, commonest, tidy
 from lora_jax.io._directory import new_directory
-from lora_jax.io._peft_matching import covering_names
-from lora_jax.io._peft_modules import Module
-from lora_jax.io._peft_parts import write_note
-from lora_jax.io._peft_trained import Trained
 from lora_jax.io.hub import looks_like_path
 from lora_jax.io.names import NameTable
+from lora_jax.io.peft import _card, _config, _keys, _modules, _tied, _trained
+from lora_jax.io.peft._config import HEAD_TYPES, TASK_TYPES, WEIGHTS, commonest, tidy
+from lora_jax.io.peft._matching import covering_names
+from lora_jax.io.peft._modules import Module
+from lora_jax.io.peft._parts import write_note
+from lora_jax.io.peft._trained import Trained
 
 if TYPE_CHECKING:
     from lora_jax.models import Pretrained
@@ -77,7 +77,7 @@ def save_adapter(
     with new_directory(directory, overwrite=overwrite) as beside:
         save_file(written.tensors, beside / WEIGHTS, metadata={"format": "pt"} | written.note)
         text = json.dumps(fields, indent=2, sort_keys=True)
-        (beside / _adapter_config.FILE).write_text(text + "\n", encoding="utf-8")
+        (beside / _config.FILE).write_text(text + "\n", encoding="utf-8")
         (beside / _card.FILE).write_text(card, encoding="utf-8")
     return Path(directory)
 
@@ -96,22 +96,22 @@ def _written(trainable: Mapping[str, Any], model: "Pretrained", profile: Profile
     low_rank = {path: f for path, f in trainable.items() if isinstance(f, Factors)}
     full = [path for path in trainable if path not in low_rank]
     unfit = list(_unfit(trainable, model))
-    modules = [] if unfit else _modules(low_rank, names)
+    modules = [] if unfit else _adapters(low_rank, names)
     adapted = {m for path in low_rank.keys() & names.entries for m in names.entries[path].modules}
-    trained = _peft_trained.describe(full, adapted, names)
+    trained = _trained.describe(full, adapted, names)
     problems = [
         *unfit,
         *trained.problems,
-        *_peft_trained.tied_problems(trained, low_rank, names),
+        *_trained.tied_problems(trained, low_rank, names),
         *(_unfit_for_vllm(modules, full, names) if profile == "vllm" else ()),
     ]
     if problems or not modules:
         listed = "".join(f"\n  {p}" for p in problems or ["no weight is adapted: save the model"])
         raise ValueError(f"This cannot be written as an adapter:{listed}")
-    modules = _peft_modules.bake(modules) if profile == "vllm" else modules
+    modules = _modules.bake(modules) if profile == "vllm" else modules
     tensors = {key: tensor for module in modules for key, tensor in module.tensors().items()}
     by_name = {module.name for module in modules}
-    tensors |= _peft_trained.tensors(trained, trainable, by_name, model)
+    tensors |= _trained.tensors(trained, trainable, by_name, model)
     note = {} if profile == "vllm" else write_note(_parts(low_rank, names))
     return _Written(modules, trained, tensors, note)
 
@@ -128,18 +128,18 @@ def _unfit(trainable: Mapping[str, Any], model: "Pretrained") -> Iterable[str]:
             yield f"{path} was newly drawn and is not trained: `train` it in full"
 
 
-def _modules(low_rank: Mapping[str, Factors], names: NameTable) -> list[Module]:
+def _adapters(low_rank: Mapping[str, Factors], names: NameTable) -> list[Module]:
     """The adapters of all modules, both modules of a tied weight included."""
     modules = [
         module
         for path, factors in low_rank.items()
-        for module in _peft_modules.modules_of(names.entries[path], factors)
+        for module in _modules.modules_of(names.entries[path], factors)
     ]
     by_name = {module.name: module for module in modules}
-    for copy, path in _peft_tied.tied_paths(names).items():
+    for copy, path in _tied.tied_paths(names).items():
         if path in low_rank:
             (original,) = names.entries[path].modules
-            modules.append(by_name[original].transposed(_peft_tied.module_of(copy)))
+            modules.append(by_name[original].transposed(_tied.module_of(copy)))
     return modules
 
 
@@ -151,7 +151,7 @@ def _parts(low_rank: Mapping[str, Factors], names: NameTable) -> dict[str, tuple
 def _inexpressible(path: str, factors: Factors, model: "Pretrained") -> Iterable[str]:
     entry = model.names.entries[path]
     layout = ("stack", "in", "out") if entry.stacked else ("in", "out")
-    if not _peft_keys.is_adaptable(entry.kind) or factors.layout != layout:
+    if not _keys.is_adaptable(entry.kind) or factors.layout != layout:
         yield f"{path}: only kernels and embeddings, laid out {layout}, can be adapted"
     elif model.names.in_head(path) and TASK_TYPES[model.task] in HEAD_TYPES:
         yield f"{path}: PEFT trains a head in full and would ignore the factors"
@@ -161,10 +161,10 @@ def _unfit_for_vllm(modules: list[Module], full: list[str], names: NameTable) ->
     """What vLLM refuses, or reads as something else."""
     if full:
         yield f"{', '.join(sorted(full))}: vLLM reads no weights that are trained in full"
-    tied = {_peft_tied.module_of(copy) for copy in names.tied}
+    tied = {_tied.module_of(copy) for copy in names.tied}
     for module in modules:
-        if module.rank > _peft_modules.VLLM_MAX_RANK:
-            most = _peft_modules.VLLM_MAX_RANK
+        if module.rank > _modules.VLLM_MAX_RANK:
+            most = _modules.VLLM_MAX_RANK
             yield f"{module.name}: vLLM takes ranks up to {most}, and this has {module.rank}"
         if module.name in tied:
             yield f"{module.name}: tied to an embedding that is adapted; vLLM adapts one of the two"
@@ -208,7 +208,7 @@ def _fields(
 def _all_modules(names: NameTable) -> set[str]:
     """Every module that owns a tensor, those that only repeat another's and unused ones too."""
     tensors = [tensor for entry in names.entries.values() for tensor in entry.tensors]
-    return {_peft_tied.module_of(tensor) for tensor in (*tensors, *names.tied, *names.unused)}
+    return {_tied.module_of(tensor) for tensor in (*tensors, *names.tied, *names.unused)}
 
 
 def _tying(written: _Written, names: NameTable) -> dict[str, bool]:
@@ -216,7 +216,7 @@ def _tying(written: _Written, names: NameTable) -> dict[str, bool]:
 
     The file adapts or saves both modules alike, and loads the same without the word.
     """
-    tied = set(_peft_tied.tied_paths(names).values())
+    tied = set(_tied.tied_paths(names).values())
     embeddings = {module for path in tied for module in names.entries[path].modules}
     touched = {module.name for module in written.modules} | {*written.trained.modules}
     ends = {module.rpartition(".")[2] for module in embeddings & touched}
@@ -225,7 +225,7 @@ def _tying(written: _Written, names: NameTable) -> dict[str, bool]:
 
 def _notes(written: _Written, names: NameTable) -> Iterable[str]:
     """What the card says of a file that others might misread."""
-    tied = {_peft_tied.module_of(copy) for copy in names.tied}
+    tied = {_tied.module_of(copy) for copy in names.tied}
     if twice := sorted(tied & {module.name for module in written.modules}):
         yield (
             f"The embedding and `{twice[0]}` are one weight, adapted in both uses. PEFT's "

@@ -13,8 +13,8 @@ Without the prefix PEFT loads nothing.
 import re
 from typing import Literal, NamedTuple
 
-from lora_jax.io._adapter_config import PREFIX
 from lora_jax.io.names import Kind
+from lora_jax.io.peft._config import PREFIX
 
 Role = Literal["a", "b", "base", "full", "copy", "unused"]
 """What a tensor of the file is: a factor; a tensor of the layer under the factors; a weight

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax._weights import Factors
-from lora_jax.io import _peft_keys as keys
-from lora_jax.io._adapter_config import tidy
 from lora_jax.io.names import Kind, Published
+from lora_jax.io.peft import _keys as keys
+from lora_jax.io.peft._config import tidy
 
 VLLM_MAX_RANK = 512
 """The largest ``max_lora_rank`` that vLLM accepts, of 1, 8, 16, 32, 64, 128, 256, 320 and 512:
