@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_jax import save_adapter, split
+from lora_jax.io.peft import _modules
 from tests.lora_jax.io.test_peft_decoders import WEIGHTS, lora, model_of, trained
 
 MIXED = {
