@@ -24,6 +24,7 @@ def generation_options(model: models.Pretrained, config: Config, tokenizer: Any)
         num_beams=section.num_beams,
         length_penalty=section.length_penalty,
         no_repeat_ngram_size=section.no_repeat_ngram_size,
+        no_repeat_ngram_in_prompt=section.no_repeat_ngram_in_prompt,
         eos_token_id=tuple(ends),
         pad_token_id=tokenizer.pad_token_id,
     )

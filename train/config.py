@@ -218,6 +218,8 @@ class EvaluationSection(Section):
     """A beam's score is its log-probability divided by its length to this power."""
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
     """No sequence of this many tokens comes twice; 0 for no such limit."""
+    no_repeat_ngram_in_prompt: bool = True
+    """Whether the prompt's sequences count, which a text that repeats facts may have to repeat."""
 
 
 class OutputSection(Section):

@@ -20,7 +20,7 @@ from lora_jax import models
 from lora_jax.io.tokenizers import load_tokenizer
 
 # Options of ours that PyTorch's `generate` has under the same names.
-SAME = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
+SAME = ("max_new_tokens", "num_beams", "length_penalty")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,18 +68,29 @@ def write_with_peft(
     texts = []
     for batch in batches(prompts, options.batch):
         encoded = tokenizer(batch, return_tensors="pt", padding=True).to(device)
+        width = encoded["input_ids"].shape[1]
+        blocks = ngram_blocks(transformers, decoding, width)
         with torch.no_grad():
             tokens = adapted.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
                 do_sample=False,
+                logits_processor=transformers.LogitsProcessorList(blocks),
                 eos_token_id=decoding["eos_token_id"],
                 pad_token_id=tokenizer.pad_token_id,
                 **{name: decoding[name] for name in SAME},
             )
-        new = tokens[:, encoded["input_ids"].shape[1] :]
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts += tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def ngram_blocks(transformers: Any, decoding: dict[str, Any], width: int) -> list[Any]:
+    """The block of repeated n-grams among the tokens from column ``width`` on, if it is on."""
+    if not decoding["no_repeat_ngram_size"]:
+        return []
+    block = transformers.NoRepeatNGramLogitsProcessor(decoding["no_repeat_ngram_size"])
+    start = 0 if decoding["no_repeat_ngram_in_prompt"] else width
+    return [lambda input_ids, scores: block(input_ids[:, start:], scores)]
 
 
 def batches(prompts: Sequence[str], size: int) -> Iterator[list[str]]:

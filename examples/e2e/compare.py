@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     add("--runs", type=Path, metavar="DIR", help="where training runs go (default: OUT/runs)")
     add("--config", type=Path, default=CONFIG, metavar="FILE", help="the run's config")
+    add("--resume", action="store_true", help="go on with what earlier runs left")
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     add("--epochs", type=float, metavar="E", help="of training (default: the config's)")
     add("--batch-size", type=int, metavar="B", help="of training (default: the config's)")
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--wikitext-limit", type=int, metavar="N", help="tokens to read (default: all)")
     add("--beams", type=int, default=10, metavar="N", help="of the search; 1 is greedy")
     add("--length-penalty", type=float, default=0.8, metavar="X", help="of beams: log p / length^X")
+    add("--no-repeat-ngram", type=int, default=4, metavar="N", help="in new tokens; 0 is off")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="of a text")
     add("--write-batch", type=int, default=64, metavar="N", help="inputs to write for at once")
     add("--read-tokens", type=int, default=8192, metavar="N", help="tokens to read at once")
@@ -95,7 +97,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     # All training comes first: this process must not hold the accelerator meanwhile.
     trained = {
-        method: train(options.config, settings(options, method, runs), runs / method)
+        method: train(options, settings(options, method, runs), runs / method)
         for method in options.methods
         if method != "base"
     }
@@ -134,9 +136,10 @@ def settings(options: argparse.Namespace, method: str, runs: Path) -> list[str]:
     return [*always, *given, *METHODS[method], *options.set, *own]
 
 
-def train(config: Path, chosen: list[str], directory: Path) -> dict[str, Any]:
+def train(options: argparse.Namespace, chosen: list[str], directory: Path) -> dict[str, Any]:
     """Runs the application in a process of its own; returns its ``result.json``."""
-    command = [sys.executable, "-m", "train", str(config.resolve()), "--overwrite", *chosen]
+    existing = "--resume" if options.resume and directory.exists() else "--overwrite"
+    command = [sys.executable, "-m", "train", str(options.config.resolve()), existing, *chosen]
     print(f"\n{' '.join(command)}\n", flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
     return json.loads((directory / "result.json").read_text())
@@ -158,6 +161,8 @@ def examine(
             max_new_tokens=options.max_new_tokens,
             num_beams=options.beams,
             length_penalty=options.length_penalty if options.beams > 1 else 1.0,
+            no_repeat_ngram_size=options.no_repeat_ngram,
+            no_repeat_ngram_in_prompt=not options.no_repeat_ngram,
         ),
     )
     methods = {}
