@@ -24,7 +24,8 @@ class Encoded(Protocol):
 
     Attributes:
         lengths: The lengths that batches may be padded to, rising.
-        sizes: Tokens of each row, padding not counted.
+        sizes: Tokens of each row, padding not counted; counted anew when asked for.
+        size: Tokens of one row.
         ids: The tokens themselves.
     """
 
@@ -33,6 +34,8 @@ class Encoded(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]: ...  # noqa: D102
+
+    def size(self, row: int, /) -> int: ...  # noqa: D102
 
     @property
     def ids(self) -> Sequence[np.ndarray]: ...  # noqa: D102
@@ -83,7 +86,7 @@ class Batches:
 
 def by_length(encoded: Encoded, rows: np.ndarray) -> np.ndarray:
     """Deals the rows of some batches out by length: ``(GROUP, batch_size)``, shortest first."""
-    lengths = [encoded.sizes[row] for row in rows]
+    lengths = [encoded.size(row) for row in rows]
     return rows[np.argsort(lengths, kind="stable")].reshape(GROUP, -1)
 
 
@@ -100,7 +103,7 @@ def evaluation_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[np.n
 
 def collate(encoded: Encoded, rows: Sequence[int] | np.ndarray, lengths: Sequence[int]) -> Batch:
     """One batch of these rows, padded to the least of the lengths that holds the longest."""
-    longest = max(encoded.sizes[row] for row in rows)
+    longest = max(encoded.size(row) for row in rows)
     return encoded.collate(rows, next(length for length in lengths if length >= longest))
 
 

@@ -51,7 +51,11 @@ class Encoded(NamedTuple):
     @property
     def sizes(self) -> list[int]:
         """Tokens of each row, padding not counted."""
-        return [sum(len(self.examples[one].ids) for one in row) for row in self.rows]
+        return [self.size(row) for row in range(len(self.rows))]
+
+    def size(self, row: int) -> int:
+        """Tokens of one row, padding not counted."""
+        return sum(len(self.examples[one].ids) for one in self.rows[row])
 
     @property
     def learned(self) -> int:

@@ -3,7 +3,9 @@
     model = from_pretrained("google-bert/bert-base-uncased", num_labels=2)
     logits = model.apply(model.params, input_ids, attention_mask)
 
-One family a file, which holds its module, its config and its table of published names.
+One package a family (``bert``, ``gpt2``, ``llama``): its config (``_config``), its module
+(``_module``) and the published names of its weights (``_names``). The files beside them are what
+the families share.
 """
 
 from ._cache import Cache as Cache, init_cache as init_cache

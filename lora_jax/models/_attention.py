@@ -9,7 +9,7 @@ kernel may skip the half that nobody sees.
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.models._cache import Cache, reserve
+from lora_jax.models._inputs import check_ids, check_length, check_shapes
 
 
 class Placement(NamedTuple):
@@ -64,7 +65,7 @@ def place(
     """
     _check_inputs(input_ids, attention_mask, positions, segment_ids, cache)
     if positions is None and segment_ids is None:
-        _check_length(input_ids.shape[1], max_length)
+        check_length(input_ids, max_length)
     kept = _kept(attention_mask, segment_ids)
     in_order = positions is None and kept is None and cache is None
     if positions is None:
@@ -160,9 +161,8 @@ def attend(
     Returns:
         ``(B, T, heads, head_dim)``.
     """
-    device = jax.local_devices()[0]
     fits = fits_cudnn(
-        getattr(device, "compute_capability", ""),
+        getattr(default_device(), "compute_capability", ""),
         query.dtype,
         query.shape[-1],
         None if mask is None else (query.shape[1], key.shape[1]),
@@ -177,6 +177,18 @@ def attend(
         scale=scale,
         implementation=implementation,
     )
+
+
+def default_device() -> Any:
+    """The device of arrays that nobody has placed: that of `jax.default_device`, or the first.
+
+    While tracing this is all that is known of where a computation will run, so who keeps a model
+    on the CPU of a machine with a GPU says so by `jax.default_device`.
+    """
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None or isinstance(chosen, str):  # a platform by its name
+        return jax.local_devices(backend=chosen)[0]
+    return chosen
 
 
 def fits_cudnn(
@@ -230,18 +242,9 @@ def _check_inputs(
     segment_ids: jax.Array | None,
     cache: Cache | None,
 ) -> None:
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise ValueError(
-            "`input_ids` must be integers of shape (batch, length), got "
-            f"{input_ids.dtype}{input_ids.shape}."
-        )
+    check_ids(input_ids)
     others = {"attention_mask": attention_mask, "positions": positions, "segment_ids": segment_ids}
-    for name, other in others.items():
-        if other is not None and other.shape != input_ids.shape:
-            raise ValueError(
-                f"`{name}` must have the shape of `input_ids`, {input_ids.shape}, "
-                f"got {other.shape}."
-            )
+    check_shapes(input_ids, **others)
     for name in ("positions", "segment_ids"):
         other = others[name]
         if other is not None and not jnp.issubdtype(other.dtype, jnp.integer):
@@ -251,12 +254,4 @@ def _check_inputs(
     if cache is not None and cache.valid.shape[0] != input_ids.shape[0]:
         raise ValueError(
             f"`cache` has {cache.valid.shape[0]} rows and `input_ids` {input_ids.shape[0]}."
-        )
-
-
-def _check_length(length: int, max_length: int) -> None:
-    if length > max_length:
-        raise ValueError(
-            f"`input_ids` are {length} tokens long and the model has positions for "
-            f"{max_length}: truncate to that."
         )

@@ -8,7 +8,7 @@ only, and the fields that change nothing.
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -77,6 +77,42 @@ def read_fields(fields: Fields, found: Mapping[str, Any], *, num_labels: int | N
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise ValueError(f"config.json describes a model that this one is not:{listed}")
     return fields.config(**used)
+
+
+def check_at_least_one(config: Any, names: Iterable[str]) -> None:
+    """Refuses sizes below 1; None is left to mean what the config says.
+
+    Raises:
+        ValueError: A field of ``names`` is below 1.
+    """
+    for name in names:
+        size = getattr(config, name)
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {size}.")
+
+
+def check_known(config: Any, name: str, known: Collection[str]) -> None:
+    """Refuses a name that nothing goes by.
+
+    Raises:
+        ValueError: The field ``name`` is none of ``known``.
+    """
+    if getattr(config, name) not in known:
+        raise ValueError(
+            f"`{name}` {getattr(config, name)!r} is not supported; known: {list(known)}."
+        )
+
+
+def check_rates(config: Any, names: Iterable[str]) -> None:
+    """Refuses rates of dropout outside ``[0, 1)``; None is left to mean what the config says.
+
+    Raises:
+        ValueError: A field of ``names`` is not a rate.
+    """
+    for name in names:
+        rate = getattr(config, name)
+        if rate is not None and not 0.0 <= rate < 1.0:
+            raise ValueError(f"`{name}` must be in [0, 1), got {rate}.")
 
 
 def _num_labels(found: Mapping[str, Any]) -> Any:

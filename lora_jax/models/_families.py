@@ -1,6 +1,6 @@
-"""Families of models: which file knows the architecture that a ``config.json`` describes.
+"""Families of models: which package knows the architecture that a ``config.json`` describes.
 
-"model_type": "roberta"   ->   lora_jax/models/bert.py
+"model_type": "roberta"   ->   lora_jax/models/bert/
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from lora_jax.models import bert, gpt2, llama
 
 
 class Family(Protocol):
-    """What the file of a family offers, as constants and functions of its module."""
+    """What the package of a family offers, as constants and functions."""
 
     @property
     def MODEL_TYPES(self) -> tuple[str, ...]:

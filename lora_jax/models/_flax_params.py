@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.io.names import Published
 from lora_jax.models._pretrained import Pretrained
-from lora_jax.models._rotary import Rope
 from lora_jax.models._save import check_weights, leaves_of
+from lora_jax.models.llama._rotary import Rope
 
 CLASSES = (
     *("FlaxBertForSequenceClassification", "FlaxBertForTokenClassification"),

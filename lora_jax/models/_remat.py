@@ -34,7 +34,7 @@ def remat_layer(layer: type[nn.Module], remat: bool | str, *, scanned: bool) -> 
     Raises:
         ValueError: The policy is unknown.
     """
-    name = {True: "full", False: "none"}.get(remat, remat)  # type: ignore[call-overload]
+    name = remat if isinstance(remat, str) else "full" if remat else "none"
     if name not in POLICIES:
         raise ValueError(f"`remat` must be a bool or one of {POLICIES}, got {remat!r}.")
     if name == "none":

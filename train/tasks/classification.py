@@ -55,6 +55,10 @@ class Encoded(NamedTuple):
         """Tokens of each example, padding not counted."""
         return [len(row) for row in self.ids]
 
+    def size(self, row: int) -> int:
+        """Tokens of one example, padding not counted."""
+        return len(self.ids[row])
+
     def collate(self, rows: Sequence[int] | np.ndarray, length: int) -> Batch:
         """`input_ids`, `attention_mask`, `labels`, and perhaps `token_type_ids`."""
         ids = [self.ids[row] for row in rows]

@@ -11,6 +11,7 @@ from lora_jax.models._attention import (
     attend,
     causal_mask,
     count_positions,
+    default_device,
     explicit_mask,
     fits_cudnn,
     place,
@@ -217,3 +218,17 @@ def test_attend_is_softmax_attention(kv_heads, masked):
 )
 def test_which_shapes_go_to_cudnn(capability, dtype, head_dim, masked, expected):
     assert fits_cudnn(capability, dtype, head_dim, masked) == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "index"),
+    [
+        pytest.param(None, 0, id="none"),
+        pytest.param("cpu", 0, id="platform"),
+        pytest.param(jax.devices()[3], 3, id="device"),
+    ],
+)
+def test_default_device_is_where_unplaced_arrays_go(chosen, index):
+    with jax.default_device(chosen):
+        assert default_device() == jax.devices()[index]
+        assert jnp.ones(2).devices() == {default_device()}

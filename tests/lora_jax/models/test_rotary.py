@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models._rotary import Rope, angles, frequencies, read_rope, rope_fields, rotate
+from lora_jax.models.llama._rotary import Rope, angles, frequencies, read_rope, rope_fields, rotate
 
 LLAMA_3 = {
     "rope_type": "llama3",

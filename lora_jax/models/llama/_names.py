@@ -1,30 +1,11 @@
-"""Llama and its kin: Mistral, Qwen2, Qwen3, SmolLM2 and the text models of Gemma 3.
+"""The published names of the Llama family's weights.
 
-    embed_tokens/embedding                        (vocab, hidden)
-    layers/0/attention/query/kernel               (hidden, heads * head_dim)
-    layers/0/mlp/gate/kernel                      (hidden, intermediate)
-    lm_head/kernel                                (hidden, vocab), where it is not tied
-
-With ``scan_layers`` the layers' weights carry a leading axis: ``layers/attention/query/kernel``
-``(layers, hidden, heads * head_dim)``.
-
-Touvron et al. 2023 (https://arxiv.org/abs/2307.09288), Grattafiori et al. 2024
-(https://arxiv.org/abs/2407.21783), Jiang et al. 2023 (https://arxiv.org/abs/2310.06825), Yang et
-al. 2024 (https://arxiv.org/abs/2407.10671), Yang et al. 2025 (https://arxiv.org/abs/2505.09388),
-Allal et al. 2025 (https://arxiv.org/abs/2502.02737), Gemma Team 2025
-(https://arxiv.org/abs/2503.19786).
+layers/{layer}/attention/query/kernel
+model.layers.{layer}.self_attn.q_proj.weight
 """
 
-from typing import Any
-
 from lora_jax.io.names import LAYER, NameTable, Row, expand
-from lora_jax.models._decoder import Llama as Llama
-from lora_jax.models._llama_config import LlamaConfig as LlamaConfig
-from lora_jax.models._llama_published import (
-    MODEL_TYPES as MODEL_TYPES,
-    config_fields as config_fields,
-    read_config as read_config,
-)
+from lora_jax.models.llama._config import LlamaConfig
 
 TASKS = ("causal-lm",)
 
@@ -54,19 +35,6 @@ def name_table(config: LlamaConfig, task: str, *, scan_layers: bool) -> NameTabl
         unused=_buffers(config),
         tied={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
     )
-
-
-def make_module(
-    config: LlamaConfig,
-    task: str,
-    *,
-    dtype: Any,
-    param_dtype: Any,
-    scan_layers: bool,
-    remat: bool | str,
-) -> Llama:
-    """The module; see `Llama`."""
-    return Llama(config, dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat)
 
 
 def architecture(config: LlamaConfig, task: str) -> str:

@@ -13,12 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_jax.models import _layers
 from lora_jax.models._attention import Placement, attend, causal_mask, explicit_mask, place
 from lora_jax.models._cache import Cache, store
-from lora_jax.models._llama_config import LlamaConfig
-from lora_jax.models._remat import remat_layer
-from lora_jax.models._rotary import Angles, angles, rotate
-from lora_jax.models.bert import ACTIVATIONS, Embedding
+from lora_jax.models._layers import ACTIVATIONS, Unrolled, dense, embedding, scanned, shared
+from lora_jax.models.llama._config import LlamaConfig
+from lora_jax.models.llama._rotary import Angles, angles, rotate
 
 
 class View(NamedTuple):
@@ -54,32 +54,10 @@ class Which(NamedTuple):
     sliding: jax.Array | None = None
 
 
-class Block(nn.Module):
-    """What all parts of the model are told.
-
-    Attributes:
-        dtype: What matrices are multiplied in. Softmax, norms and rotations run in float32.
-        param_dtype: What ``init`` makes weights in.
-    """
+class Block(_layers.Block):
+    """A part of the decoder. Nothing in it has dropout, so ``deterministic`` changes nothing."""
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-
-def _shared(block: Block) -> dict[str, Any]:
-    return {name: getattr(block, name) for name in ("config", "dtype", "param_dtype")}
-
-
-def _dense(block: Block, features: int, name: str, *, bias: bool = False) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=block.dtype,
-        param_dtype=block.param_dtype,
-        kernel_init=nn.initializers.normal(block.config.initializer_range),
-        name=name,
-    )
 
 
 class RmsNorm(Block):
@@ -116,15 +94,16 @@ class Attention(Block):
             cache, key, value = store(cache, index, key, value)
         scale = config.query_pre_attn_scalar**-0.5
         mixed = attend(query, key, value, view.mask, scale=scale)
-        out = _dense(self, config.hidden_size, "out", bias=config.out_bias)
+        out = dense(self, config.hidden_size, "out", use_bias=config.out_bias)
         return Carry(out(mixed.reshape((*x.shape[:2], -1))), cache)
 
     def _heads(self, x: jax.Array, name: str, heads: int) -> jax.Array:
         config = self.config
-        dense = _dense(self, heads * config.head_dim, name, bias=config.query_key_value_bias)
-        split = dense(x).reshape((*x.shape[:2], heads, config.head_dim))
+        bias = config.query_key_value_bias
+        split = dense(self, heads * config.head_dim, name, use_bias=bias)(x)
+        split = split.reshape((*x.shape[:2], heads, config.head_dim))
         if config.query_key_norm and name != "value":
-            return RmsNorm(**_shared(self), name=f"{name}_norm")(split)
+            return RmsNorm(**shared(self), name=f"{name}_norm")(split)
         return split
 
 
@@ -136,11 +115,11 @@ class Mlp(Block):
         """``(B, T, hidden)`` to the same."""
         config = self.config
         gate, up = (
-            _dense(self, config.intermediate_size, name, bias=config.mlp_bias)(x)
+            dense(self, config.intermediate_size, name, use_bias=config.mlp_bias)(x)
             for name in ("gate", "up")
         )
         x = ACTIVATIONS[config.hidden_act](gate) * up
-        return _dense(self, config.hidden_size, "down", bias=config.mlp_bias)(x)
+        return dense(self, config.hidden_size, "down", use_bias=config.mlp_bias)(x)
 
 
 class Layer(Block):
@@ -150,15 +129,15 @@ class Layer(Block):
     def __call__(self, carry: Carry, which: Which, views: Views) -> tuple[Carry, None]:
         """One layer further."""
         x, view = carry.x, _chosen(views, which.sliding)
-        mixed, cache = Attention(**_shared(self), name="attention")(
+        mixed, cache = Attention(**shared(self), name="attention")(
             self._norm(x, "attention_norm"), carry.cache, which.index, view
         )
         x = x + self._out_norm(mixed, "attention_out_norm")
-        mixed = Mlp(**_shared(self), name="mlp")(self._norm(x, "mlp_norm"))
+        mixed = Mlp(**shared(self), name="mlp")(self._norm(x, "mlp_norm"))
         return Carry(x + self._out_norm(mixed, "mlp_out_norm"), cache), None
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
-        return RmsNorm(**_shared(self), name=name)(x)
+        return RmsNorm(**shared(self), name=name)(x)
 
     def _out_norm(self, x: jax.Array, name: str) -> jax.Array:
         return self._norm(x, name) if self.config.output_norms else x
@@ -170,39 +149,24 @@ def _chosen(views: Views, sliding: jax.Array | None) -> View:
     return jax.tree.map(lambda s, w: jnp.where(sliding, s, w), views.sliding, views.whole)
 
 
-class Unrolled(Block):
-    """The layers one after another, named by their index."""
-
-    remat: bool | str = False
-
-    @nn.compact
-    def __call__(self, carry: Carry, placed: Placement) -> Carry:
-        """Through all layers."""
-        layer = remat_layer(Layer, self.remat, scanned=False)
-        views = {s: Views(_view(self.config, placed, s)) for s in set(self.config.sliding_layers)}
-        for index, sliding in enumerate(self.config.sliding_layers):
-            named = layer(**_shared(self), name=str(index))
-            carry, _ = named(carry, Which(index), views[sliding])
-        return carry
+def _unrolled_layers(block: Block, remat: bool | str, carry: Carry, placed: Placement) -> Carry:
+    """Through the layers one by one, each with the view of its kind."""
+    kinds = block.config.sliding_layers
+    views = {sliding: Views(_view(block.config, placed, sliding)) for sliding in set(kinds)}
+    layers = Unrolled(**shared(block), layer=Layer, remat=remat, name="layers")
+    return layers(carry, [(Which(i), views[sliding]) for i, sliding in enumerate(kinds)])
 
 
-def scan_layers(block: Block, remat: bool | str, carry: Carry, placed: Placement) -> Carry:
-    """Through all layers by one ``nn.scan``, a submodule ``layers`` of ``block``."""
+def _scanned_layers(block: Block, remat: bool | str, carry: Carry, placed: Placement) -> Carry:
+    """Through the layers by one scan; where they are of both kinds each chooses its view."""
     config = block.config
-    scanned = nn.scan(
-        remat_layer(Layer, remat, scanned=True),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] (typed as int)
-        length=config.num_hidden_layers,
-    )
     which = Which(jnp.arange(config.num_hidden_layers, dtype=jnp.int32))
     if len(set(config.sliding_layers)) == 1:
         views = Views(_view(config, placed, config.sliding_layers[0]))
     else:
         which = which._replace(sliding=jnp.asarray(config.sliding_layers))
         views = _both_views(config, placed)
-    return scanned(**_shared(block), name="layers")(carry, which, views)[0]
+    return scanned(block, Layer, remat, in_axes=(0, nn.broadcast))(carry, which, views)[0]
 
 
 def _view(config: LlamaConfig, placed: Placement, sliding: bool) -> View:
@@ -229,13 +193,10 @@ class Llama(Block):
             layers' weights are stacked along axis 0.
         remat: What each layer recomputes in the backward pass, a policy's name or a bool; see
             `lora_jax.models._remat`.
-        deterministic: No part of the family has dropout, so this changes nothing; models that
-            have it are told by this name to use it.
     """
 
     scan_layers: bool = False
     remat: bool | str = False
-    deterministic: bool = True
 
     @nn.compact
     def __call__(
@@ -269,28 +230,29 @@ class Llama(Block):
             *(input_ids, attention_mask, positions, segment_ids, cache),
             max_length=config.max_length,
         )
-        table = self._table()
+        table = embedding(self, config.vocab_size, config.hidden_size, "embed_tokens")
         x = table(input_ids)
         if config.scaled_embeddings:  # rounded first, as in the published implementation
             x = x * jnp.asarray(config.hidden_size**0.5, self.dtype)
-        x, new_cache = self._layers(Carry(x, placed.cache), placed)
-        x = RmsNorm(**_shared(self), name="norm")(x)
+        layers = _scanned_layers if self.scan_layers else _unrolled_layers
+        x, new_cache = layers(self, self.remat, Carry(x, placed.cache), placed)
+        x = RmsNorm(**shared(self), name="norm")(x)
         head = table.attend if config.tie_word_embeddings else self._head()
         logits = head(x).astype(jnp.float32)
         return logits if cache is None else (logits, new_cache)
 
-    def _layers(self, carry: Carry, placed: Placement) -> Carry:
-        if self.scan_layers:
-            return scan_layers(self, self.remat, carry, placed)
-        return Unrolled(**_shared(self), remat=self.remat, name="layers")(carry, placed)
-
-    def _table(self) -> Embedding:
-        config = self.config
-        return Embedding(
-            *(config.vocab_size, config.hidden_size, self.dtype, self.param_dtype),
-            nn.initializers.normal(config.initializer_range),
-            name="embed_tokens",
-        )
-
     def _head(self) -> nn.Dense:
-        return _dense(self, self.config.vocab_size, "lm_head")
+        return dense(self, self.config.vocab_size, "lm_head", use_bias=False)
+
+
+def make_module(
+    config: LlamaConfig,
+    task: str,
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    scan_layers: bool,
+    remat: bool | str,
+) -> Llama:
+    """The module; see `Llama`."""
+    return Llama(config, dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat)

@@ -1,12 +1,13 @@
 """The config of the Llama family: one dataclass, whose fields are what its members differ in.
 
-How each member writes them in ``config.json`` is `_llama_published`'s.
+How each member writes them in ``config.json`` is `_published`'s.
 """
 
 import dataclasses
 
-from lora_jax.models._rotary import Rope
-from lora_jax.models.bert import ACTIVATIONS
+from lora_jax.models._config import check_at_least_one, check_known
+from lora_jax.models._layers import ACTIVATIONS
+from lora_jax.models.llama._rotary import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_at_least_one(self, _SIZES)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` {self.num_attention_heads} must be a multiple of "
@@ -67,10 +66,7 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even: features turn in pairs; {self.head_dim}.")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"`hidden_act` {self.hidden_act!r} is not supported; known: {list(ACTIVATIONS)}."
-            )
+        check_known(self, "hidden_act", ACTIVATIONS)
         if len(self.sliding_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` has {len(self.sliding_layers)} entries for "

@@ -4,8 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models._config import Fields, read_fields
-from lora_jax.models.bert import ACTIVATIONS
+from lora_jax.models._config import (
+    Fields,
+    check_at_least_one,
+    check_known,
+    check_rates,
+    read_fields,
+)
+from lora_jax.models._layers import ACTIVATIONS
+
+MODEL_TYPES = ("gpt2",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,22 +46,14 @@ class Gpt2Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {size}.")
+        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+        check_at_least_one(self, sizes)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"`n_embd` {self.n_embd} must be a multiple of `n_head` {self.n_head}."
             )
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"`activation_function` {self.activation_function!r} is not supported; "
-                f"known: {list(ACTIVATIONS)}."
-            )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        check_known(self, "activation_function", ACTIVATIONS)
+        check_rates(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
 
     @property
     def head_dim(self) -> int:

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models._config import Fields, read_fields
-from lora_jax.models._llama_config import LlamaConfig
-from lora_jax.models._rotary import Rope, read_rope, rope_fields
+from lora_jax.models.llama._config import LlamaConfig
+from lora_jax.models.llama._rotary import Rope, read_rope, rope_fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
