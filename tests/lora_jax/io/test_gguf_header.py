@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lora_jax.io._gguf_header import MAX_ELEMENTS, read_header
 from lora_jax.io.gguf import find_tensors
+from lora_jax.io.gguf._header import MAX_ELEMENTS, read_header
 from tests.lora_jax.io import gguf_files
 
 MUTATIONS = 1000

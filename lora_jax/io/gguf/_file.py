@@ -1,7 +1,4 @@
-"""GGUF files: a model in one file, most of its weights in blocks of a few bits.
-
-config_json = read_config_json(file)          # what the published config.json says
-weights = find_tensors(file)                  # the published names; .read() gives float32
+"""The weights of a GGUF file: found by our own reading of the header, decoded when asked for.
 
 Blocks are decoded by the ``gguf`` package: ``pip install 'lora_jax[gguf]'``. It is given the
 bytes of one tensor at a time, after our own reading of the header has found them in the file.
@@ -14,14 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.io._gguf_architectures import architecture_of
-from lora_jax.io._gguf_config import config_of
-from lora_jax.io._gguf_header import Header, Stored, read_header
-from lora_jax.io._gguf_names import ROPE_FACTORS, Restore, published_names, restoring
-from lora_jax.io._gguf_tokenizer import (
-    load_tokenizer as load_tokenizer,
-    write_tokenizer as write_tokenizer,
-)
+from lora_jax.io.gguf._architectures import architecture_of
+from lora_jax.io.gguf._config import config_of
+from lora_jax.io.gguf._header import Header, Stored, read_header
+from lora_jax.io.gguf._names import ROPE_FACTORS, Restore, published_names, restoring
 
 
 class GgufTensor(NamedTuple):

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.io._gguf_header import Header
+from lora_jax.io.gguf._header import Header
 
 _SIZES = {
     "block_count": "num_hidden_layers",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.io._gguf_header import Header
+from lora_jax.io.gguf._header import Header
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's scaling of its rotations: no weight, but part of the configuration."""

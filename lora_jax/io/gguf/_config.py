@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.io._gguf_architectures import Architecture, architecture_of
-from lora_jax.io._gguf_header import Header
+from lora_jax.io.gguf._architectures import Architecture, architecture_of
+from lora_jax.io.gguf._header import Header
 
 # Keys that may have one value only: they switch on what none of these models computes.
 _FIXED = {
