@@ -76,7 +76,8 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
 
 
 def _shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    """The shape of a leaf, of the dtype that JAX would give it (int32 for NumPy's int64)."""
+    return jax.eval_shape(lambda x: x, leaf)
 
 
 def _layout(ndim: int, uses: dict[str, dict[int, str]]) -> Layout | None:

@@ -90,13 +90,16 @@ def unmerge(params: Tree, trainable: Mapping[str, Any]) -> Tree:
 
 
 def merge_weight(w: jax.Array, factors: Factors, sign: int = 1, dtype: Any = None) -> jax.Array:
-    """``w + sign * scale * a @ b``, in the factors' dtype, rounded once.
+    """``w + sign * scale * a @ b``, rounded once.
 
-    The result has ``dtype``, or that of ``w`` if None.
+    Computed in float32, or in float64 where the weight or its factors have it. The result has
+    ``dtype``, or that of ``w`` if None.
     """
-    update = sign * delta(factors.whole())
+    dtypes = (w.dtype, factors.a.dtype, factors.b.dtype)
+    wide = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    update = sign * delta(jax.tree.map(lambda factor: factor.astype(wide), factors.whole()))
     dtype = w.dtype if dtype is None else dtype
-    merged = (w.astype(update.dtype) + update).astype(dtype)
+    merged = (w.astype(wide) + update).astype(dtype)
     lost_sign = (merged == 0) & (update == 0) & jnp.signbit(w)  # -0.0 + 0.0 is 0.0
     return jnp.where(lost_sign, w.astype(dtype), merged)
 
@@ -105,10 +108,18 @@ def check_float(dtype: Any) -> None:
     """Refuses a dtype that weights cannot be rounded to.
 
     Raises:
-        ValueError: It is neither None nor a float dtype.
+        ValueError: It is neither None nor a float dtype, or jax would narrow it.
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None:
+        return
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
         raise ValueError(f"`dtype` must be a float dtype such as jnp.bfloat16, got {dtype!r}.")
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ValueError(f"`dtype` {jnp.dtype(dtype).name} needs jax_enable_x64, which is off.")
 
 
 def _cast(leaf: Any, dtype: Any) -> Any:

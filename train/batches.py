@@ -27,6 +27,7 @@ class Encoded(Protocol):
         sizes: Tokens of each row, padding not counted; counted anew when asked for.
         size: Tokens of one row.
         ids: The tokens themselves.
+        pad: The token that fills a row up.
     """
 
     @property
@@ -39,6 +40,9 @@ class Encoded(Protocol):
 
     @property
     def ids(self) -> Sequence[np.ndarray]: ...  # noqa: D102
+
+    @property
+    def pad(self) -> int: ...  # noqa: D102
 
     def collate(self, rows: Sequence[int] | np.ndarray, length: int) -> Batch:
         """Pads the rows of these numbers to ``length`` tokens."""

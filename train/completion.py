@@ -10,24 +10,20 @@ from .console import Console
 
 
 def generation_options(model: models.Pretrained, config: Config, tokenizer: Any) -> Any:
-    """How to decode; a text ends with the tokenizer's eos, or one that the model's config names.
+    """How to decode; a text ends as `lora_jax.generation.end_tokens` says.
 
     Raises:
         ValueError: The options do not go together.
     """
     section = config.evaluation
-    stated = model.config_json.get("eos_token_id")
-    named = stated if isinstance(stated, list) else [stated]
-    ends = dict.fromkeys(token for token in (tokenizer.eos_token_id, *named) if token is not None)
-    return generation.GenerationOptions(
+    options = generation.GenerationOptions(
         max_new_tokens=section.max_new_tokens,
         num_beams=section.num_beams,
         length_penalty=section.length_penalty,
         no_repeat_ngram_size=section.no_repeat_ngram_size,
         no_repeat_ngram_in_prompt=section.no_repeat_ngram_in_prompt,
-        eos_token_id=tuple(ends),
-        pad_token_id=tokenizer.pad_token_id,
     )
+    return generation.with_tokens_of(model, tokenizer, options)
 
 
 def make_check(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 LONGEST_CELL = 2**31 - 1  # the csv module refuses cells beyond 128 kB, which a document may be
 
 
@@ -93,8 +94,7 @@ def _records(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
         ".txt": lambda text: [{"text": text}],
     }
     if suffix(path) not in readers:
-        known = [*readers, ".parquet"]
-        raise ValueError(f"{path}: cannot read {path.suffix!r} files; can read {known}.")
+        raise ValueError(f"{path}: cannot read {path.suffix!r} files; can read {[*SUFFIXES]}.")
     yield from readers[suffix(path)](read_text(path))
 
 
@@ -187,6 +187,8 @@ def _read_parquet(path: Path) -> Any:
 def _read_hub(source: str) -> Any:
     """Loads `owner/name[:subset][@split]` from the hub, or from its cache."""
     match = HUB_NAME.fullmatch(source)
+    if suffix(Path(source)) in SUFFIXES:
+        raise ValueError(f"There is no file {source!r}.")
     if not match:
         raise ValueError(
             f"{source!r} is neither a file nor a hub data set, owner/name[:subset][@split]."

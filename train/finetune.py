@@ -212,11 +212,10 @@ def log(run: Run, figures: list[dict[str, Any]], seconds: float) -> None:
     Raises:
         NotFiniteError: A loss or a gradient is not finite.
     """
-    per_epoch = len(run.sets.train.sizes) / run.config.training.batch_size
     rows = [
         {
             "step": row["step"],
-            "epoch": round(row["step"] / per_epoch, 4),
+            "epoch": round(row["step"] / run.plan.epoch, 4),
             "loss": float(row["loss"]),
             "grad_norm": float(row["grad_norm"]),
             "learning_rate": float(row["learning_rate"]),

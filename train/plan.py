@@ -14,9 +14,17 @@ from .config import Config
 
 
 class Plan(NamedTuple):
-    """When things happen, in steps."""
+    """When things happen, in steps.
+
+    Attributes:
+        steps: The length of the run.
+        epoch: Of an epoch; no whole number where a batch holds the end of one.
+        evaluate_every: From one evaluation to the next.
+        save_every: From one checkpoint to the next.
+    """
 
     steps: int
+    epoch: float
     evaluate_every: int
     save_every: int
 
@@ -38,16 +46,16 @@ def make_plan(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Plan:
     steps = section.steps or max(1, round((section.epochs or 0) * epoch))
     # At the end of each epoch, and the last one at the end of the run.
     evaluate_every = section.evaluate_every or math.ceil(steps / max(1, round(steps / epoch)))
-    return Plan(steps, evaluate_every, section.save_every or evaluate_every)
+    return Plan(steps, epoch, evaluate_every, section.save_every or evaluate_every)
 
 
 def check_vocabulary(parts: Iterable[Encoded], vocabulary: int) -> None:
-    """Refuses tokens that the model has no embedding for.
+    """Refuses tokens that the model has no embedding for, padding too: it would be NaN.
 
     Raises:
         ValueError: The tokenizer is of another model.
     """
-    largest = max(int(ids.max()) for part in parts for ids in part.ids)
+    largest = max(max(part.pad, *(int(ids.max()) for ids in part.ids)) for part in parts)
     if largest >= vocabulary:
         raise ValueError(
             f"The tokenizer gives token {largest}, and the model has embeddings for {vocabulary}: "

@@ -62,9 +62,11 @@ def read_records(source: str, section: DataSection, *, has_template: bool) -> li
         ValueError: It cannot be read, or rows cannot be used; the first five are named.
     """
     if section.format == "e2e":
+        _refuse_idle(section, "e2e")
         return _read_e2e(source, section)
     rows = read_rows(source, section.columns)
     kind = section.format or ("text" if section.text else _recognise(rows))
+    _refuse_idle(section, kind)
     text = section.text or "text"
     keys = (text,) if kind == "text" else FORMATS[kind]
     if missing := [key for key in keys if key not in rows.columns]:
@@ -86,7 +88,15 @@ def read_records(source: str, section: DataSection, *, has_template: bool) -> li
 def is_document(source: str, section: DataSection) -> bool:
     """Whether a source is one long text, to be cut into windows."""
     path = Path(source)
-    return path.is_file() and suffix(path) == ".txt" and section.format != "e2e"
+    return path.is_file() and suffix(path) == ".txt" and section.format in (None, "text")
+
+
+def _refuse_idle(section: DataSection, kind: str) -> None:
+    """Refuses settings that rows of this format have no use for."""
+    uses = {"text": ("text",), "separator": ("prompt-completion", "e2e")}
+    for key, kinds in uses.items():
+        if getattr(section, key) is not None and kind not in kinds:
+            raise ValueError(f"`data.{key}` means nothing to rows of format {kind}: remove it.")
 
 
 def _recognise(rows: Rows) -> str:
@@ -136,11 +146,22 @@ def _problem(row: Row, kind: str, keys: Sequence[str]) -> str | None:
             return f"{key!r} is empty"
         if not isinstance(row[key], str):
             return f"{key!r} is {type(row[key]).__name__} {str(row[key])[:40]!r}, not text"
+        if not _is_unicode(row[key]):
+            return f"{key!r} holds half of a surrogate pair, which is no character"
         if not row[key].strip():
             return f"{key!r} is blank"
     if kind == "instruction" and not isinstance(row.get("input") or "", str):
         return f"'input' is {type(row['input']).__name__}, not text"
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer can read it: JSON can spell what is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chat_problem(messages: Any) -> str | None:
@@ -149,9 +170,11 @@ def _chat_problem(messages: Any) -> str | None:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             return f"message {number} is no object with 'role' and 'content'"
-        if not isinstance(message["content"], str):
-            found = type(message["content"]).__name__
-            return f"the content of message {number} is {found}, not text"
+        for key in ("role", "content"):
+            if not isinstance(message[key], str):
+                return f"the {key} of message {number} is {type(message[key]).__name__}, not text"
+            if not _is_unicode(message[key]):
+                return f"the {key} of message {number} holds half of a surrogate pair"
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         return f"no message is the assistant's, the roles are {roles}"

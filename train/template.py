@@ -9,6 +9,7 @@ the text before it with the generation prompt. A template that writes an earlier
 once later ones follow has no such prefixes, and is refused for those chats.
 """
 
+import datetime
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 Message = dict[str, Any]
 Span = tuple[int, int]
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Some templates write today's date, and a run that resumes tomorrow must see the same tokens. It
+# is the date that Llama 3's write where there is no clock.
+CLOCK = {"strftime_now": datetime.datetime(2024, 7, 26).strftime}
 
 
 def render(
@@ -37,7 +41,7 @@ def render(
         raise ValueError("Chat templates need jinja2: pip install 'lora_jax[train]'.") from None
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **CLOCK
         )
     except jinja2.exceptions.TemplateError as error:
         roles = [message["role"] for message in messages]
@@ -54,7 +58,11 @@ def has_markers(tokenizer: Any) -> bool:
 def marked_tokens(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """A chat's tokens, and 1 for each that the template marks as the assistant's."""
     encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(messages),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **CLOCK,
     )
     return encoded["input_ids"], encoded["assistant_masks"]
 

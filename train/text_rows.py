@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
         lengths: The lengths that batches may be padded to, rising.
         packed: Whether rows hold several examples.
         truncated: How many texts were cut to the maximum length.
-        dropped: How many more were left out, since nothing to learn was left of them.
+        dropped: How many were left out, cut or not, since nothing of them is learned.
     """
 
     examples: list[Tokens]

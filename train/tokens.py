@@ -130,7 +130,9 @@ def _mark(
         starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
         marks, shared = np.zeros(len(ids), bool), 0
         for start, end in inside:
-            marks |= (starts >= start) & (ends <= end) & (starts < ends)
+            # Special tokens end at 0. Some tokenizers count no spaces, so one of spaces alone
+            # starts where it ends.
+            marks |= (starts >= start) & (ends <= end) & (ends > start)
             shared += int(((starts < start) & (ends > start)).sum())
         found.append((np.asarray(ids, np.int32), marks, shared))
     return found

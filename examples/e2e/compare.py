@@ -156,6 +156,7 @@ def examine(
     )
     tokenizer = load_tokenizer(options.model)
     decoding = with_tokens_of(
+        model,
         tokenizer,
         GenerationOptions(
             max_new_tokens=options.max_new_tokens,

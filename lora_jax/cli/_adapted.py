@@ -98,14 +98,14 @@ def find(options: argparse.Namespace) -> Sources:
         ValueError: A path does not exist or is no adapter, no base is named, or ``--out`` is in
             use.
     """
-    given = Path(options.adapter).expanduser()
+    given = _home(options.adapter)
     adapter = _adapter_directory(given)
     task_type, named = _names(adapter)
     base = options.base or _base_of_run(given) or named
     if base is None:
         raise ValueError(f"{given} does not say what its base model is: add --base.")
-    out = Path(options.out).expanduser()
-    _check_out(out, options.overwrite, [Path(base).expanduser(), adapter, given])
+    out = _home(options.out)
+    _check_out(out, options.overwrite, [_home(base), adapter, given])
     is_hub_id = named is not None and not hub.looks_like_path(named)
     return Sources(base, adapter, out, task_type, named if is_hub_id else None)
 
@@ -154,6 +154,14 @@ def size(directory: Path) -> dict[str, int]:
     return {"bytes": sum(sizes), "files": len(sizes)}
 
 
+def _home(path: str) -> Path:
+    """With ``~`` written out."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _adapter_directory(given: Path) -> Path:
     if not given.is_dir():
         found = "is a file" if given.exists() else "does not exist"
@@ -186,8 +194,10 @@ def _base_of_run(run: Path) -> str | None:
 
     try:
         path = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["path"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not name a model (model.path): add --base.") from error
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError):
+        path = None
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{file} does not name a model (model.path): add --base.")
     return os.fspath(run / path) if (run / path).exists() else path
 
 

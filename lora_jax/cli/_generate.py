@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
         length_penalty=options.length_penalty,
         no_repeat_ngram_size=options.no_repeat_ngram,
     )
+    key = _key(options.seed)
     prompts = _prompts(options)
     model = models.from_pretrained(
         options.model, task="causal-lm", dtype=jnp.dtype(options.dtype), new_head=False
@@ -112,13 +113,19 @@ def run(options: argparse.Namespace) -> int:
         model,
         params,
         [_encode(tokenizer, prompt) for prompt in prompts],
-        generation.with_tokens_of(tokenizer, decoding),
+        generation.with_tokens_of(model, tokenizer, decoding),
         batch_size=options.batch_size,
-        key=jax.random.key(options.seed),
+        key=key,
     )
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     _print(options, prompts, texts)
     return 0
+
+
+def _key(seed: int) -> jax.Array:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be at least 0 and below 2^32, got {seed}.")
+    return jax.random.key(seed)
 
 
 def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -170,13 +177,13 @@ def _read(path: Path) -> list[Prompt]:
         return _lines(text)
     return [
         _parse(line, f"{path}:{number}")
-        for number, line in enumerate(text.splitlines(), start=1)
+        for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
 
 
 def _lines(text: str) -> list[Prompt]:
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _parse(line: str, place: str) -> Prompt:

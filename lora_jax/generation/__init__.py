@@ -7,6 +7,7 @@
 merged. `generate_text` goes from prompts to texts, `read_options` reads a checkpoint's settings.
 """
 
+from ._ends import end_tokens as end_tokens, with_tokens_of as with_tokens_of
 from ._generate import generate as generate
 from ._generation_config import read_options as read_options
 from ._options import GenerationOptions as GenerationOptions
@@ -14,5 +15,4 @@ from ._program import Generated as Generated
 from ._text import (
     generate_text as generate_text,
     generate_tokens as generate_tokens,
-    with_tokens_of as with_tokens_of,
 )

@@ -37,7 +37,7 @@ class GenerationOptions:
         repetition_penalty: Divides the positive scores of tokens that the row already has, and
             multiplies the negative ones (arXiv 1909.05858, 4.1); 1 is off.
         eos_token_id: Token or tokens that end a row. None: not stated, which is none for
-            `generate` and the tokenizer's own for `generate_text`; ``()``: none.
+            `generate`, and `end_tokens` for `generate_text`; ``()``: none.
         pad_token_id: Fills a row up after its end. None is the first eos, or 0 without one.
 
     Raises:

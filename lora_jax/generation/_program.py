@@ -130,7 +130,8 @@ def align(input_ids: jax.Array, attention_mask: jax.Array, longest: int) -> Prom
     """
     kept = attention_mask.astype(bool)
     order = jnp.argsort(kept, axis=1, stable=True)[:, -longest:]
-    ids = jnp.take_along_axis(input_ids.astype(jnp.int32), order, axis=1)
+    # What stands under padding may be no token at all, and its embedding would be NaN.
+    ids = jnp.take_along_axis(jnp.where(kept, input_ids, 0).astype(jnp.int32), order, axis=1)
     return Prompts(ids, ids.shape[1] - kept.sum(1, dtype=jnp.int32))
 
 

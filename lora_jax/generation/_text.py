@@ -5,13 +5,13 @@
 A program compiles for each batch shape, so batches are all of one size and of few lengths.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ._ends import with_tokens_of
 from ._generate import GREEDY, generate
 from ._options import GenerationOptions
 from ._program import Decoder, Generated
@@ -40,8 +40,8 @@ def generate_text(
             as it adds them. Prompts that have theirs, as a chat template writes them, go through
             `generate_tokens`.
         prompts: The texts.
-        options: How to decode. Where it does not state ``eos_token_id`` the tokenizer's is used,
-            and likewise for padding.
+        options: How to decode. Where it does not state ``eos_token_id``, those of the tokenizer
+            and of the model's files end a text; and the tokenizer's padding is used.
         batch_size: Prompts that are decoded together.
         key: Seeds sampling.
         progress: Told of every batch that is done.
@@ -59,7 +59,7 @@ def generate_text(
         model,
         params,
         ids,
-        with_tokens_of(tokenizer, options),
+        with_tokens_of(model, tokenizer, options),
         batch_size=batch_size,
         key=key,
         progress=progress,
@@ -109,16 +109,6 @@ def generate_tokens(
         if progress is not None:
             progress(len(results), len(prompts))
     return [results[place] for place in range(len(prompts))]
-
-
-def with_tokens_of(tokenizer: Any, options: GenerationOptions) -> GenerationOptions:
-    """The options, with the tokenizer's eos and padding where they state none."""
-    changes = {
-        name: getattr(tokenizer, name)
-        for name in ("eos_token_id", "pad_token_id")
-        if getattr(options, name) is None and getattr(tokenizer, name) is not None
-    }
-    return dataclasses.replace(options, **changes)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from lora_jax.io._directory import new_directory
+from lora_jax.io._safetensors import write_tensors
 from lora_jax.io.gguf import write_tokenizer
 from lora_jax.io.hub import GENERATION_CONFIG, TOKENIZER_FILES
 from lora_jax.io.hugging_face import INDEX, SINGLE, published_shape, published_tensors
@@ -155,10 +154,7 @@ def _write_shard(
         if wanted.intersection(entry.tensors):
             published = published_tensors(entry, weights[path])
             held |= {name: tensor for name, tensor in published.items() if name in wanted}
-    try:
-        save_file(held, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{file.name} could not be written: {error}.") from error
+    write_tensors(file, held)
 
 
 def _index(shards: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -15,13 +15,14 @@ def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     If the block raises, nothing is left behind and ``target`` is as it was.
 
     Args:
-        target: Where the result shall stand. Its parents are made.
+        target: Where the result shall stand. Its parents are made; a symlink is followed and
+            stays one.
         overwrite: Whether a directory with files in it may be replaced.
 
     Raises:
         ValueError: ``target`` is a file, or holds files and ``overwrite`` is False.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a directory cannot be renamed over a symlink
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: name a directory.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

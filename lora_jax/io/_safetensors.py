@@ -1,4 +1,4 @@
-"""Safetensors files: their headers first, their tensors when asked."""
+"""Safetensors files: read, their headers first and their tensors when asked; and written."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -44,6 +45,25 @@ def tensors_in(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file} is not a complete safetensors file ({error}): fetch it again."
         ) from error
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, np.ndarray], note: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file as PyTorch's libraries read it.
+
+    Args:
+        file: Where.
+        tensors: Name to values, C-contiguous.
+        note: More of its metadata.
+
+    Raises:
+        OSError: It could not be written: a full disk, for one.
+    """
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt", **(note or {})})
+    except SafetensorError as error:
+        raise OSError(f"{file.name} could not be written: {error}.") from error
 
 
 def tensors_of_index(index: Path) -> dict[str, Tensor]:

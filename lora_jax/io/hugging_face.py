@@ -24,30 +24,38 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     """The fields of a checkpoint's ``config.json``.
 
     Raises:
-        ValueError: The file is absent or is not a JSON object.
+        ValueError: The file is absent, is not a JSON object, or does not name its type and its
+            architectures as such files do.
     """
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no config.json: it is not a checkpoint's directory.")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} must hold one JSON object.")
+    model_type, architectures = fields.get("model_type"), fields.get("architectures") or []
+    if not isinstance(model_type, str | None):
+        raise ValueError(f"{file}: `model_type` must be a name, got {model_type!r}.")
+    if not isinstance(architectures, list) or not all(isinstance(n, str) for n in architectures):
+        raise ValueError(f"{file}: `architectures` must be a list of names, got {architectures!r}.")
     return fields
 
 
 def find_tensors(directory: Path) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint, by their names in the file; their values are not read.
 
+    Of a directory that has both, one file and an index, the one file is read, as transformers do.
+
     Raises:
         ValueError: There are no safetensors files, or they are not whole and consistent.
     """
-    if (directory / INDEX).is_file():
-        return tensors_of_index(directory / INDEX)
     if (directory / SINGLE).is_file():
         return tensors_in(directory / SINGLE)
+    if (directory / INDEX).is_file():
+        return tensors_of_index(directory / INDEX)
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt") for file in directory.glob(pattern))
     if pickles:
         raise ValueError(

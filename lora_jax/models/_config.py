@@ -13,6 +13,10 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
+MAX_SIZE = 2**31 - 1  # of an axis
+MAX_LAYERS = 10_000
+LAYERS = ("num_hidden_layers", "n_layer")
+
 BOOKKEEPING = frozenset(
     (
         *("_name_or_path", "architectures", "model_type", "transformers_version", "language"),
@@ -60,8 +64,8 @@ def read_fields(fields: Fields, found: Mapping[str, Any], *, num_labels: int | N
             family whose dataclass has no such field has no labels, and ignores it.
 
     Raises:
-        ValueError: All problems in one list: fields missing, unknown, of the wrong type, or
-            fixed at another value.
+        ValueError: All problems in one list: fields missing, unknown, of the wrong type, too
+            large, or fixed at another value.
     """
     known = {f.name: f for f in dataclasses.fields(fields.config)}
     used = {name: value for name, value in found.items() if name in known}
@@ -70,6 +74,7 @@ def read_fields(fields: Fields, found: Mapping[str, Any], *, num_labels: int | N
     problems = [
         *_missing(known, used),
         *_of_wrong_type(fields.config, used),
+        *_too_large(used),
         *_fixed_elsewhere(fields.fixed, found),
         *_unknown(found, {*known, *fields.fixed, *fields.ignored, *BOOKKEEPING}),
     ]
@@ -132,6 +137,16 @@ def _of_wrong_type(config: type, used: Mapping[str, Any]) -> list[str]:
         f"`{name}` must be {_spell(hints[name])}, got {value!r}."
         for name, value in used.items()
         if not _fits(value, hints[name])
+    ]
+
+
+def _too_large(used: Mapping[str, Any]) -> list[str]:
+    """Sizes that no model has, and that would fill the memory before any tensor is looked at."""
+    most = {name: MAX_LAYERS if name in LAYERS else MAX_SIZE for name in used}
+    return [
+        f"`{name}` must be at most {most[name]}, got {value}."
+        for name, value in used.items()
+        if isinstance(value, int) and value > most[name]
     ]
 
 

@@ -19,6 +19,9 @@ from lora_jax._weights import is_node
 from lora_jax.io._checkpoint_writer import MAX_SHARD_BYTES, Deferred, write_checkpoint
 from lora_jax.models._pretrained import Pretrained
 
+WRITTEN = ("float16", "bfloat16", "float32", "float64")
+"""Dtypes of weights that `from_pretrained` reads."""
+
 
 def save_pretrained(
     directory: str | os.PathLike,
@@ -99,7 +102,7 @@ def _write(
     max_shard_bytes: int,
     overwrite: bool,
 ) -> Path:
-    check_float(dtype)
+    _check_dtype(dtype)
     given: dict[str, Any] = {
         path: trainable.get(path) if w is None else w for path, w in leaves.items()
     }
@@ -121,6 +124,13 @@ def _write(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
+
+
+def _check_dtype(dtype: Any) -> None:
+    check_float(dtype)
+    if dtype is not None and jnp.dtype(dtype).name not in WRITTEN:
+        known = ", ".join(WRITTEN)
+        raise ValueError(f"`dtype` must be one of {known}, got {jnp.dtype(dtype).name}.")
 
 
 def leaves_of(params: Any) -> dict[str, Any]:

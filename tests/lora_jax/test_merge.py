@@ -59,9 +59,27 @@ def test_a_dtype_is_that_of_every_float_weight():
     }
 
 
-def test_a_dtype_that_is_no_float_is_refused():
-    with pytest.raises(ValueError, match=r"`dtype` must be a float dtype .*, got 'int8'"):
-        lora_jax.merge(*halves(), dtype="int8")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_factors_held_in_bfloat16_are_summed_in_float32(dtype):
+    frozen, trainable = halves(dtype)
+    half = jax.tree.map(lambda factor: factor.astype("bfloat16"), trainable)
+    wide = jax.tree.map(lambda factor: factor.astype("float32"), half)
+    assert_trees_equal(lora_jax.merge(frozen, half), lora_jax.merge(frozen, wide))
+    nothing = jax.tree.map(jnp.zeros_like, half)
+    assert_trees_equal(lora_jax.merge(frozen, nothing), frozen)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "match"),
+    [
+        pytest.param("int8", "must be a float dtype .*, got 'int8'", id="integers"),
+        pytest.param("half-baked", "must be a float dtype .*, got 'half-baked'", id="unknown"),
+        pytest.param("float64", "float64 needs jax_enable_x64", id="narrowed"),
+    ],
+)
+def test_a_dtype_that_weights_cannot_have_is_refused(dtype, match):
+    with pytest.raises(ValueError, match=match):
+        lora_jax.merge(*halves(), dtype=dtype)
 
 
 def test_fully_trained_weights_take_their_place():

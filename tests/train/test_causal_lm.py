@@ -135,7 +135,10 @@ def test_what_is_cut_and_left_out_is_counted(lm_folder, decoder_directory, packi
     lines = causal_lm.describe(sets, config)
     assert lines[0] == "3 examples to train on, 1 to evaluate on"
     assert lines[1] == "14 training tokens, 11 of them learned, in rows of up to 8"
-    assert lines[-1].startswith("2 of 5 texts were cut to 8 tokens, and 1 of these left out")
+    assert lines[-2:] == [
+        "2 of 5 texts were cut to 8 tokens",
+        "1 of 5 texts were left out: nothing of them is learned",
+    ]
     assert packing == ("packed into 2 rows, 87.5% full" in lines)
 
 

@@ -193,6 +193,7 @@ def test_a_validation_file_is_kept_whole_and_shares_the_class_names(tmp_path):
         pytest.param(
             "r.csv", "text,label\na,1\nb,0\n", {"holdout": 2}, "leaves none", id="all-held-out"
         ),
+        pytest.param("no_such.jsonl", None, {}, "There is no file 'no_such.jsonl'", id="no-file"),
         pytest.param("no/such:name@x@y", None, {}, "neither a file nor a hub", id="no-hub-name"),
     ],
 )

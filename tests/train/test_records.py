@@ -60,6 +60,22 @@ def test_formats_are_recognised_by_their_keys(tmp_path, row, settings, expected)
     assert read(write(tmp_path, "rows.jsonl", [row]), **settings) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "expected"),
+    [
+        pytest.param("a.txt", None, True, id="text"),
+        pytest.param("a.txt", "text", True, id="as-it-says"),
+        pytest.param("a.txt", "e2e", False, id="a-line-an-example"),
+        pytest.param("a.txt", "messages", False, id="no-chats"),
+        pytest.param("a.jsonl", None, False, id="rows"),
+    ],
+)
+def test_which_files_are_one_text(tmp_path, name, form, expected):
+    source = write(tmp_path, name, "Hi")
+    section = DataSection(train=source, holdout=1, format=form)
+    assert records.is_document(source, section) is expected
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
 def test_tables_hold_pairs(tmp_path, name):
     comma = "," if name.endswith("csv") else "\t"
@@ -109,6 +125,16 @@ def test_the_real_e2e_files(data_dir):
             "r.jsonl", [{"text": 3}], {}, "row 1: 'text' is int '3', not text", id="a-number"
         ),
         pytest.param(
+            "r.jsonl", '{"text": "a\\ud800"}', {}, "'text' holds half of a", id="surrogate"
+        ),
+        pytest.param(
+            "r.jsonl",
+            [{"messages": [ASK, SAY | {"content": "a\ud800"}]}],
+            {},
+            "content of message 2 holds half of a surrogate",
+            id="surrogate-in-a-chat",
+        ),
+        pytest.param(
             "r.jsonl",
             [{"messages": "Hi"}],
             {},
@@ -128,6 +154,27 @@ def test_the_real_e2e_files(data_dir):
             {},
             "content of message 1 is list, not text",
             id="parts",
+        ),
+        pytest.param(
+            "r.jsonl",
+            [{"messages": [{"role": None, "content": "Hi"}, SAY]}],
+            {},
+            "role of message 1 is NoneType, not text",
+            id="a-role-of-nobody",
+        ),
+        pytest.param(
+            "r.jsonl",
+            [{"messages": [ASK, SAY]}],
+            {"format": "messages", "text": "messages"},
+            "`data.text` means nothing to rows of format messages",
+            id="text-of-chats",
+        ),
+        pytest.param(
+            "r.jsonl",
+            [{"text": "a"}],
+            {"separator": "||"},
+            "`data.separator` means nothing to rows of format text",
+            id="separator-of-texts",
         ),
         pytest.param(
             "r.jsonl", [{"messages": [ASK]}], {}, "no message is the assistant's", id="no-answer"

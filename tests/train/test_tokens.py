@@ -4,7 +4,9 @@ import copy
 
 import numpy as np
 import pytest
-from tokenizers import processors
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from train import questions, tokens
 from train.config import DataSection
@@ -148,6 +150,25 @@ def test_a_token_across_the_boundary_is_counted_and_not_learned(tokenizer):
     found = tokenise(tokenizer, Pair("name : Aro", "ma is"), SECTION)
     assert spell(tokenizer, found) == ["name", " :", " Aroma", "* is", "*<|im_end|>"]
     assert found.shared == 1
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_tokens_of_spaces_alone_are_learned(trim):
+    # Some byte-level tokenizers leave spaces out of a token's place in the text.
+    vocabulary = {"<eos>": 0, "a": 1, "b": 2, "Ġ": 3}
+    spelled = tokenizers.Tokenizer(models.BPE(vocabulary, merges=[]))
+    spelled.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelled.post_processor = processors.ByteLevel(trim_offsets=trim)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelled, eos_token="<eos>")
+    found = tokenise(tokenizer, Pair("a ", "b  b "), SECTION)
+    assert spell(tokenizer, found) == ["a", "Ġ", "*b", "*Ġ", "*Ġ", "*b", "*Ġ", "*<eos>"]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_sees_one_date(tokenizer, marked):
+    rest = MARKED if marked else tokenizer.chat_template
+    dated = with_template(tokenizer, "{{ strftime_now('%Y') == '2024' and 'Hi' }}" + rest)
+    assert spell(tokenizer, tokenise(dated, TALK, SECTION))[:2] == ["Hi", "<|im_start|>"]
 
 
 def test_cutting_keeps_the_start(tokenizer):

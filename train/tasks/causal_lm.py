@@ -63,10 +63,9 @@ def describe(sets: Sets, config: Config) -> list[str]:
     cut, dropped = sum(part.truncated for part in both), sum(part.dropped for part in both)
     total = sum(len(part.examples) for part in both) + dropped
     if cut:
-        lines.append(
-            f"{cut} of {total} texts were cut to {config.data.max_length} tokens, and {dropped} "
-            "of these left out: nothing to learn was left of them"
-        )
+        lines.append(f"{cut} of {total} texts were cut to {config.data.max_length} tokens")
+    if dropped:
+        lines.append(f"{dropped} of {total} texts were left out: nothing of them is learned")
     if shared := sum(one.shared > 0 for part in both for one in part.examples):
         lines.append(
             f"in {shared} of {total} texts one token holds the end of a prompt and the start of "

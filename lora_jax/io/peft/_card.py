@@ -112,7 +112,7 @@ def _code(model: "Pretrained", base: str) -> str:
     lines = [
         "## Loading",
         "",
-        "`ADAPTER` is this directory or its hub id"
+        "`ADAPTER` is this directory (for PEFT, its hub id too)"
         + (", `BASE` the base model's." if base == BASE else "."),
         "",
         "With PEFT:",

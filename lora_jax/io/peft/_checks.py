@@ -51,6 +51,7 @@ def problems(adapter: Adapter) -> list[str]:
         *_changed_repeats(found),
         *_parts(adapter),
         *_fan_in(adapter),
+        *_untargeted(adapter),
         *_untied_factors(adapter),
     ]
     if not every:  # values are read only where shapes and names are right
@@ -162,6 +163,16 @@ def _fan_in(adapter: Adapter) -> Iterable[str]:
     kinds = {adapter.names.entries[path].kind for path in adapter.found.low_rank}
     if adapter.config.fan_in_fan_out and kinds and "conv1d" not in kinds:
         yield "`fan_in_fan_out` is True, and none of the adapted modules is a Conv1D"
+
+
+def _untargeted(adapter: Adapter) -> Iterable[str]:
+    """Factors that PEFT would drop without a word; of a tied weight one module may be named."""
+    found, config = adapter.found, adapter.config
+    tied_to = {path: tied.module_of(copy) for copy, path in tied.tied_paths(adapter.names).items()}
+    for path, layers in found.low_rank.items():
+        for pair in layers.values():
+            if not any(config.targets(m) for m in (pair.module, tied_to.get(path)) if m):
+                yield f"untargeted: {pair.module} has factors, and the config names it no target"
 
 
 def _untied_factors(adapter: Adapter) -> Iterable[str]:

@@ -7,8 +7,8 @@ refused if it says something that we would not do.
 
 import dataclasses
 import json
-import math
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -75,6 +75,8 @@ class AdapterConfig:
             return False
         if self.target_modules == "all-linear":
             return True
+        if isinstance(self.target_modules, list) and module in self.target_modules:
+            return True  # named in full: `layers_to_transform` is not asked
         layers, patterns = self.layers_to_transform, self.layers_pattern or []
         layers = [layers] if isinstance(layers, int) else layers
         patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -98,7 +100,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and value > 0 and math.isfinite(value)
+    return _is_number(value) and 0 < value <= sys.float_info.max
 
 
 def _is_index(value: Any) -> bool:

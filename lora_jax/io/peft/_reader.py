@@ -46,7 +46,8 @@ def load_adapter(
 
     Raises:
         ValueError: The config is not supported, or tensors are missing, unmapped or of another
-            shape, or mean something that one tied weight cannot; all are listed.
+            shape, not among the config's targets, or mean something that one tied weight
+            cannot; all are listed.
     """
     directory = Path(directory)
     fields = _config.read(directory)

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from safetensors.numpy import save_file
+import numpy as np
 
 from lora_jax._config import LoraConfig
 from lora_jax._parts import PartFactors
 from lora_jax._weights import Factors
 from lora_jax.io._directory import new_directory
+from lora_jax.io._safetensors import write_tensors
 from lora_jax.io.hub import looks_like_path
 from lora_jax.io.names import NameTable
 from lora_jax.io.peft import _card, _config, _keys, _modules, _tied, _trained
@@ -63,8 +64,9 @@ def save_adapter(
     Raises:
         ValueError: Weights that the format cannot express, all of them listed: targets that are
             neither matrices nor embeddings, a module of which only a part is trained, a newly
-            drawn head that is not trained, and what the profile has not; or ``base_model`` is a
-            path, or ``directory`` holds files.
+            drawn head that is not trained, and what the profile has not; or values are not
+            finite, ``base_model`` is a path, or ``directory`` holds files.
+        OSError: A file could not be written; nothing is left behind.
     """
     if profile not in get_args(Profile):
         raise ValueError(f"`profile` must be one of {get_args(Profile)}, got {profile!r}.")
@@ -75,7 +77,7 @@ def save_adapter(
     notes = _notes(written, model.names)
     card = _card.card(config, model, fields, evaluation or {}, data_hash, notes)
     with new_directory(directory, overwrite=overwrite) as beside:
-        save_file(written.tensors, beside / WEIGHTS, metadata={"format": "pt"} | written.note)
+        write_tensors(beside / WEIGHTS, written.tensors, written.note)
         text = json.dumps(fields, indent=2, sort_keys=True)
         (beside / _config.FILE).write_text(text + "\n", encoding="utf-8")
         (beside / _card.FILE).write_text(card, encoding="utf-8")
@@ -112,6 +114,8 @@ def _written(trainable: Mapping[str, Any], model: "Pretrained", profile: Profile
     tensors = {key: tensor for module in modules for key, tensor in module.tensors().items()}
     by_name = {module.name for module in modules}
     tensors |= _trained.tensors(trained, trainable, by_name, model)
+    if diverged := [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise ValueError(f"This adapter has diverged; not finite: {', '.join(sorted(diverged))}.")
     note = {} if profile == "vllm" else write_note(_parts(low_rank, names))
     return _Written(modules, trained, tensors, note)
 

@@ -157,6 +157,7 @@ MODEL_TYPES = tuple(_TYPES)
 _FIXED = {
     "attention_dropout": 0.0,
     "rope_interleaved": False,
+    "use_mrope": False,  # Qwen2.5's base models say so
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "use_bidirectional_attention": False,

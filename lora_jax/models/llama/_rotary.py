@@ -116,8 +116,10 @@ def read_rope(found: Mapping[str, Any], *, theta: float, max_positions: int) -> 
     Raises:
         ValueError: Its type is unknown, or a key is missing, unknown or not a number.
     """
+    if not isinstance(found, Mapping):
+        raise ValueError(f"Rotary embedding: it must be an object, got {found!r}.")
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind not in _KEYS:
+    if kind not in tuple(_KEYS):  # a tuple: what JSON holds may not hash
         raise ValueError(f"`rope_type` {kind!r} is not supported; known: {tuple(_KEYS)}.")
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("`partial_rotary_factor` must be 1.0: heads are turned whole.")

@@ -1,6 +1,8 @@
 """``lora-jax export``: the same adapter for another reader, or an error and nothing."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -130,6 +132,26 @@ def test_bad_input_leaves_nothing(tmp_path, capsys, shelf, options, message):
     assert (code, out) == (2, "")
     assert message in err
     assert (listing(what), listing(tmp_path)) == before
+
+
+FULL_DISK = """
+import resource, sys
+from lora_jax import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, shelf):
+    """A limit on the size of a file, 500 bytes, stands for the disk."""
+    where = shelf.base("bert")
+    arguments = ["--base", where, "--adapter", shelf.adapter(where), "--out", tmp_path / "new"]
+    command = [sys.executable, "-c", FULL_DISK, "export", *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "adapter_model.safetensors could not be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert listing(tmp_path) == []
 
 
 def test_help_has_examples_that_parse(capsys):

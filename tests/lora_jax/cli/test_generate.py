@@ -159,6 +159,8 @@ def test_the_seed_decides_what_is_sampled(capsys, model):
         pytest.param(["--prompt", ""], "hold no token: [0]", id="empty-prompt"),
         pytest.param(["--batch-size", "0"], "`batch_size`", id="batch-size"),
         pytest.param(["--dtype", "int8"], "invalid choice", id="dtype"),
+        pytest.param(["--seed", "-1"], "--seed must be at least 0", id="seed-below"),
+        pytest.param(["--seed", str(2**64)], "below 2^32", id="seed-above"),
     ],
 )
 def test_bad_input_is_code_2_and_one_line(capsys, model, arguments, message):
@@ -192,6 +194,25 @@ def test_bad_prompt_files(capsys, tmp_path, model, text, message):
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_line_ends_at_a_newline_alone(capsys, tmp_path, model):
+    """JSON may hold U+2028 and U+0085 as they are, which Python counts as ends of lines."""
+    file = tmp_path / "prompts.jsonl"
+    prompts = ["w1 \u2028w2", "w3\x85"]
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    file.write_text("\r\n".join(rows), encoding="utf-8")
+    code, out, _ = run(capsys, "generate", "--model", model, *FIVE, "--prompts", file, "--json")
+    assert code == 0
+    assert [row["prompt"] for row in json.loads(out)["completions"]] == prompts
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% for", "{{ messages[9].x.y }}"])
+def test_a_template_that_fails_is_one_line(capsys, tmp_path, template):
+    where = checkpoint(tmp_path, chat_template=template)
+    code, out, err = run(capsys, "generate", "--model", where, "--chat", "--prompt", "w1")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "The chat template refuses" in err
 
 
 def test_a_model_without_a_template_does_not_chat(capsys, tmp_path):

@@ -272,6 +272,12 @@ def precious(directory):
             "has neither model.safetensors",
             id="base-without-weights",
         ),
+        pytest.param(
+            lambda d: (d / "adapter" / "config.yaml").write_text("model: {path: 5}"),
+            {"--base": None},
+            "does not name a model",
+            id="run-that-names-a-number",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, shelf, spoil, options, message):
@@ -294,6 +300,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, shelf, spoil
     assert err.count("\n") == 1
     assert re.search(message, err), err
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["--base", "--adapter", "--out"])
+def test_the_home_of_nobody(capsys, shelf, option):
+    where = shelf.base("bert")
+    given = {"--base": where, "--adapter": shelf.adapter(where), "--out": where}
+    given |= {option: "~nobody-of-this-name/x"}
+    code, _, err = run(capsys, "merge", *(part for pair in given.items() for part in pair))
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_a_head_that_neither_has_is_not_drawn(tmp_path, capsys, shelf):

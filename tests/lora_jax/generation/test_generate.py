@@ -13,7 +13,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lora_jax import LoraConfig, combine, merge, split
 from lora_jax.generation import GenerationOptions, generate
 from lora_jax.generation._generate import _run
+from lora_jax.models import from_pretrained
 from tests.lora_jax.generation import toys
+from tests.references.decoders import checkpoint
 
 # Log-probabilities of a few tokens, summed in float32, and the chances of what NEVER comes.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -428,8 +430,13 @@ def test_all_problems_are_listed():
         generate(model, params, [[1], [20]], [[0], [1]], options)
 
 
-def test_ids_under_padding_are_not_checked():
-    model, params = toys.random_decoder()
+@pytest.mark.parametrize("odd", [-100, 1000])
+def test_ids_under_padding_are_not_checked(tmp_path, odd):
+    # A real model: the embedding of what is no token is NaN, and 0 * NaN reaches every row.
+    model = from_pretrained(checkpoint(tmp_path / "llama", "llama"), "causal-lm")
+    assert odd not in range(model.config.vocab_size)
     options = GenerationOptions(max_new_tokens=2)
-    odd = generate(model, params, [[-100, 3]], [[0, 1]], options)
-    assert tokens_of(odd) == tokens_of(generate(model, params, [[3]], None, options))
+    padded = generate(model, model.params, [[odd, 3, 5]], [[0, 1, 1]], options)
+    alone = generate(model, model.params, [[3, 5]], None, options)
+    assert tokens_of(padded) == tokens_of(alone)
+    np.testing.assert_allclose(padded.scores, alone.scores, **CLOSE)

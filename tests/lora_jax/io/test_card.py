@@ -66,7 +66,7 @@ def test_the_facts_are_there(save):
     )
     assert "| accuracy | 0.875 |\n| BLEU-4 | 66 |\n| loss | inf |" in card
     assert "Data: `sha256:12ab`" in card
-    assert re.search(r"Versions: lora_jax \d.*, jax \d.*, flax \d", card)
+    assert re.search(r"Versions: lora_jax [\d(].*, jax \d.*, flax \d", card)
     config = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
     assert config["rank"] == 4
     assert config["targets"] == ["attention/(query|value)"]

@@ -92,6 +92,13 @@ def test_a_tensor_that_the_index_does_not_list_is_refused(tmp_path):
         find_tensors(tmp_path)
 
 
+def test_one_file_goes_before_an_index(tmp_path):
+    """As in transformers: what an earlier and larger save left behind is not read."""
+    sharded(tmp_path, "bert", TASK)
+    save_file({"one.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    assert list(find_tensors(tmp_path)) == ["one.weight"]
+
+
 def test_pickle_files_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_json("bert", TASK)))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
@@ -112,6 +119,10 @@ def test_a_truncated_file_is_refused(tmp_path):
         pytest.param(None, "has no config.json", id="absent"),
         pytest.param("{", "is not JSON", id="malformed"),
         pytest.param("[]", "one JSON object", id="list"),
+        pytest.param("[" * 100_000, "is not JSON", id="deep"),
+        pytest.param('{"model_type": ["bert"]}', "`model_type` must be a name", id="type"),
+        pytest.param('{"architectures": 5}', "must be a list of names", id="architectures"),
+        pytest.param('{"architectures": "BertModel"}', "must be a list of names", id="one-name"),
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path, config, match):
@@ -206,6 +217,22 @@ def test_a_hub_id_that_is_not_cached_says_so_offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="No directory 'nobody/no-such-model' here"):
         find_checkpoint("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("there", ["a-file", "empty", "nothing"])
+def test_writing_through_a_symlink_keeps_it(tmp_path, there):
+    table = NameTable(expand([Row("x/kernel", "x.weight", "linear")], 0, stacked=False), prefix="p")
+    weights = {"x/kernel": np.ones((2, 3), np.float32)}
+    if there != "nothing":
+        (tmp_path / "real").mkdir()
+    if there == "a-file":
+        (tmp_path / "real" / "old.txt").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_checkpoint(tmp_path / "link", table, weights, {}, source=None, overwrite=True)
+    assert (tmp_path / "link").readlink() == tmp_path / "real"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    written = ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == written
 
 
 def test_writing_refuses_other_weights_and_a_full_directory(tmp_path):

@@ -219,6 +219,15 @@ def test_what_the_format_cannot_express_is_refused(tmp_path, task, config, match
     assert not (tmp_path / "adapter").exists()
 
 
+def test_an_adapter_that_has_diverged_is_refused(tmp_path, model):
+    _, trainable = trained(model, lora())
+    first = min(trainable)
+    trainable[first] = jax.tree.map(lambda x: x.at[0].set(jnp.nan), trainable[first])
+    with pytest.raises(ValueError, match="diverged; not finite: base_model"):
+        save_adapter(tmp_path / "adapter", trainable, lora(), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_an_untrained_new_head_is_refused(tmp_path):
     model = from_pretrained(checkpoint(tmp_path / "base", "bert", None), new_head=True)
     _, trainable = trained(model, lora(train=()))

@@ -53,6 +53,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
         ("r", "4", "an integer of at least 1"),
         ("lora_alpha", -1, "a number above 0"),
         ("lora_alpha", float("inf"), "a number above 0"),
+        ("lora_alpha", 10**400, "a number above 0"),
         ("use_rslora", 1, "true or false"),
         ("lora_dropout", 1.0, r"a number in \[0, 1\)"),
         ("target_modules", 3, "a list of names or one"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from shutil import copytree
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,23 @@ def test_a_copy_of_a_trained_tied_weight_must_agree(tmp_path):
               adapter / WEIGHTS)  # fmt: skip
     with pytest.raises(ValueError, match=r"lm_head.weight differs from embed_tokens/embedding"):
         load_adapter(adapter, model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"target_modules": ["c_proj"]}, id="narrower"),
+        pytest.param({"target_modules": None}, id="none"),
+        pytest.param({"exclude_modules": ["c_attn"]}, id="excluded"),
+        pytest.param({"layers_to_transform": [1]}, id="other-layers"),
+    ],
+)
+def test_factors_that_peft_would_drop_are_refused(tmp_path, fields):
+    adapter = copytree(PEFT / "gpt2" / "conv1d", tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ValueError, match=r"untargeted: transformer\.h\.0\.attn\.c_attn"):
+        load_adapter(adapter, model_of("gpt2"))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])

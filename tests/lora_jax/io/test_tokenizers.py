@@ -24,6 +24,8 @@ def test_its_own_padding_is_kept(tmp_path):
         pytest.param({}, "has no tokenizer: none of tokenizer.json", id="nothing"),
         pytest.param({"tokenizer_config.json": "{}"}, "none of tokenizer.json", id="config-alone"),
         pytest.param({"tokenizer.json": "{"}, "no tokenizer that can be read", id="broken"),
+        pytest.param({"tokenizer.json": "[]"}, "no tokenizer that can be read", id="a-list"),
+        pytest.param({"tokenizer.json": "[" * 100_000}, "that can be read", id="deep"),
     ],
 )
 def test_what_has_no_tokenizer(tmp_path, files, message):

@@ -79,6 +79,11 @@ def test_smollm2_is_read():
     assert not any(config.sliding_layers)
 
 
+def test_qwen2_5_says_what_it_has_not():
+    fields = config_json("qwen2")
+    assert llama.read_config(fields | {"use_mrope": False}) == llama.read_config(fields)
+
+
 def test_llama_2_left_out_what_had_its_default():
     absent = dict.fromkeys(
         ("attention_bias", "mlp_bias", "rope_theta", "num_key_value_heads", "pad_token_id"), ...
@@ -115,11 +120,20 @@ def test_which_layers_see_a_window(family, changes, expected):
     [
         pytest.param("llama", {"model_type": "phi"}, "`model_type` must be one of", id="family"),
         pytest.param("llama", {"hidden_act": "mish"}, "`hidden_act` 'mish'", id="activation"),
+        pytest.param("llama", {"vocab_size": 10**12}, "`vocab_size` must be at most", id="large"),
+        pytest.param("llama", {"num_hidden_layers": 10**9}, "must be at most 10000", id="deep"),
         pytest.param("llama", {"sliding_window": 4}, "`sliding_window` is unknown", id="others"),
         pytest.param("mistral", {"mlp_bias": True}, "`mlp_bias` is unknown", id="others-bias"),
         pytest.param("llama", {"quantization_config": {}}, "`quantization_config`", id="quantised"),
         pytest.param("llama", {"attention_dropout": 0.1}, "`attention_dropout` is 0.1", id="drop"),
         pytest.param("llama", {"rope_interleaved": True}, "`rope_interleaved`", id="interleaved"),
+        pytest.param("qwen2", {"use_mrope": True}, "`use_mrope` is True", id="mrope"),
+        pytest.param(
+            "gemma3",
+            {"rope_parameters": {"full_attention": 3}},
+            "must be an object, got 3",
+            id="rope-of-no-keys",
+        ),
         pytest.param("llama", {"hidden_size": "32"}, "`hidden_size` must be int", id="type"),
         pytest.param("llama", {"vocab_size": ...}, "`vocab_size` is missing", id="missing"),
         pytest.param("qwen3", {"head_dim": ...}, "`head_dim` is missing", id="head-missing"),

@@ -92,6 +92,7 @@ def test_old_files_say_type_and_leave_out_what_the_config_says():
     ("found", "match"),
     [
         pytest.param({"rope_type": "yarn"}, "`rope_type` 'yarn' is not supported", id="type"),
+        pytest.param({"rope_type": ["linear"]}, "not supported", id="no-name"),
         pytest.param({"rope_type": "linear"}, "'factor'.*missing", id="missing"),
         pytest.param({"factor": 2.0}, "'factor'.*unknown", id="unknown"),
         pytest.param(

@@ -166,6 +166,8 @@ def test_a_dtype_that_is_no_float_is_refused(tmp_path):
     model = from_pretrained(checkpoint(tmp_path / "base", "bert", TASK))
     with pytest.raises(ValueError, match="`dtype` must be a float dtype"):
         save_pretrained(tmp_path / "new", model, model.params, dtype="int8")
+    with pytest.raises(ValueError, match=r"`dtype` must be one of float16, .*, got float8_e4m3fn"):
+        save_pretrained(tmp_path / "new", model, model.params, dtype="float8_e4m3fn")
 
 
 def test_tokenizer_and_generation_config_are_copied_and_the_rest_is_not(tmp_path):
