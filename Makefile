@@ -37,7 +37,7 @@ format: $(TEST)/$(STAMP)  ## rewrite the code as `make lint` wants it
 	$(TEST)/bin/ruff format .
 
 test-oracle: $(ORACLE)/$(STAMP)  ## compare with PyTorch and PEFT, live
-	$(ORACLE)/bin/python -m pytest tests/oracle $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(ORACLE)/bin/python -m pytest tests/oracle --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 test-compat: $(COMPAT)/$(STAMP)  ## models that we did not write: transformers 4.57, Haiku, Equinox
 	$(COMPAT)/bin/python -m pytest tests/compat $(PYTEST_ARGS)

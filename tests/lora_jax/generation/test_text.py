@@ -1,9 +1,19 @@
 """Prompts of many lengths: batched, and back in their order."""
 
+import json
+from pathlib import Path
+from typing import NamedTuple
+
 import jax
 import pytest
 
-from lora_jax.generation import GenerationOptions, generate_text, generate_tokens
+from lora_jax.generation import (
+    GenerationOptions,
+    end_tokens,
+    generate_text,
+    generate_tokens,
+    with_tokens_of,
+)
 from lora_jax.generation._generate import _run
 from lora_jax.generation._text import padded_length
 from tests.lora_jax.generation import toys
@@ -99,3 +109,43 @@ def test_padded_lengths_are_few_and_close():
     assert all(length <= padded < length + max(16, length / 4) for length, padded in
                enumerate(lengths, start=1))  # fmt: skip
     assert len(set(lengths)) == 8 + 4 * 5
+
+
+class Checkpoint(NamedTuple):
+    """What `end_tokens` reads of a model."""
+
+    directory: Path
+    config_json: dict
+
+
+class Ends(NamedTuple):
+    """What it reads of a tokenizer."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("eos", "config", "generation", "expected"),
+    [
+        pytest.param(2, {}, None, (2,), id="the-tokenizers"),
+        pytest.param(2, {"eos_token_id": [2, 5]}, None, (2, 5), id="and-those-of-the-config"),
+        pytest.param(
+            1, {"eos_token_id": 1}, {"eos_token_id": [1, 106]}, (1, 106), id="and-of-generation"
+        ),
+        pytest.param(None, {"eos_token_id": None}, {}, (), id="none"),
+    ],
+)
+def test_the_ends_of_a_text(tmp_path, eos, config, generation, expected):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    model, tokenizer = Checkpoint(tmp_path, config), Ends(eos)
+    assert end_tokens(model, tokenizer) == expected
+    stated = with_tokens_of(model, tokenizer, GenerationOptions(eos_token_id=7))
+    assert stated.eos_ids == (7,)
+
+
+def test_a_broken_generation_config_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+        end_tokens(Checkpoint(tmp_path, {}), Ends(2))
