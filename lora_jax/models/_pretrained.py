@@ -50,6 +50,7 @@ class Pretrained:
         names: What every weight is called in the published checkpoint.
         config_json: ``config.json`` as read.
         hub_id: The hub id that it was loaded by, None if it was not on the hub.
+        revision: The branch, tag or commit of ``hub_id`` that was asked for, None if none was.
     """
 
     params: Any
@@ -62,6 +63,7 @@ class Pretrained:
     names: NameTable
     config_json: Mapping[str, Any]
     hub_id: str | None = None
+    revision: str | None = None
 
     def apply(
         self,
@@ -180,7 +182,17 @@ def from_pretrained(
     params = unflatten_dict(weights, sep="/")
     hub_id = os.fspath(source) if hub.is_hub_id(source) else None
     return Pretrained(
-        params, config, module, family, task, directory, new, names, config_json, hub_id
+        params=params,
+        config=config,
+        module=module,
+        family=family,
+        task=task,
+        directory=directory,
+        new=new,
+        names=names,
+        config_json=config_json,
+        hub_id=hub_id,
+        revision=None if hub_id is None else revision,
     )
 
 

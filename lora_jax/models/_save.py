@@ -53,7 +53,8 @@ def save_pretrained(
 
     Raises:
         ValueError: ``params`` are not plain weights of the model (all problems are listed), a
-            weight leaves the range of ``dtype``, or ``directory`` holds files.
+            weight leaves the range of ``dtype``, ``directory`` holds files, or the base's
+            directory is gone.
         OSError: A file could not be written; nothing is left behind.
     """
     return _write(directory, model, leaves_of(params), {}, dtype, max_shard_bytes, overwrite)
@@ -103,6 +104,11 @@ def _write(
     overwrite: bool,
 ) -> Path:
     _check_dtype(dtype)
+    if not model.directory.exists():
+        raise ValueError(
+            f"{model.directory}, which the model was read from, no longer exists: its tokenizer "
+            "and generation config cannot be copied. Put it back or load the model again."
+        )
     given: dict[str, Any] = {
         path: trainable.get(path) if w is None else w for path, w in leaves.items()
     }
@@ -120,7 +126,7 @@ def _write(
         model.names,
         weights,
         _config_json(model, {str(weight.dtype) for weight in weights.values()}),
-        source=model.directory if model.directory.exists() else None,
+        source=model.directory,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )

@@ -53,6 +53,15 @@ def write(directory: Path, fields: dict, stored: dict[str, np.ndarray]) -> Path:
     return directory
 
 
+def hub_cache(cache: Path, checkpoint: Path, hub_id: str, revision: str) -> Path:
+    """Writes what the hub's client keeps of a checkpoint that was fetched at one revision only."""
+    repository, commit = cache / f"models--{hub_id.replace('/', '--')}", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / revision).write_text(commit)
+    shutil.copytree(checkpoint, repository / "snapshots" / commit)
+    return cache
+
+
 def sharded(directory: Path, family: str, task: str) -> Path:
     """Writes a checkpoint in two files and their index."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,10 @@
 """The card: ``README.md`` of an adapter, with its facts and code that loads it.
 
 Its head is what the hub reads. A base model is named by its hub id or not at all: a path means
-nothing on another machine.
+nothing on another machine. One line of the head repeats the facts as JSON, so that whoever writes
+the adapter again can keep them:
+
+    lora_jax: {"evaluation": {"accuracy": 0.875}, "data_hash": "sha256:12ab"}
 """
 
 import dataclasses
@@ -10,6 +13,7 @@ import numbers
 import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax._config import LoraConfig
@@ -22,6 +26,14 @@ BASE, ADAPTER = "BASE", "ADAPTER"
 """What stands in the code for a base without a hub id, and for the adapter itself."""
 
 _PACKAGES = ("lora_jax", "jax", "flax")
+_KEY = "lora_jax: "
+
+
+class Facts(NamedTuple):
+    """What is known of an adapter beyond its weights; see `card`."""
+
+    evaluation: Mapping[str, float]
+    data_hash: str | None
 
 
 class _Task(NamedTuple):
@@ -65,14 +77,34 @@ def card(
     _check(evaluation, data_hash)
     base_model = fields["base_model_name_or_path"]
     sections = [
-        _front_matter(base_model, _TASKS[model.task].pipeline),
+        _front_matter(base_model, _TASKS[model.task].pipeline, Facts(evaluation, data_hash)),
         _title(base_model, model),
         _evaluation(evaluation),
-        _code(model, base_model or BASE),
+        _code(model, base_model or BASE, fields["revision"]),
         *notes,
         _training(config, data_hash),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def read_facts(directory: Path) -> Facts:
+    """The facts at the head of an adapter's card; none where the card is not ours.
+
+    Raises:
+        ValueError: The line of the facts is malformed.
+    """
+    file = directory / FILE
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    head = text.partition("\n---\n")[0].split("\n") if text.startswith("---\n") else []
+    lines = [line.removeprefix(_KEY) for line in head if line.startswith(_KEY)]
+    if not lines:
+        return Facts({}, None)
+    try:
+        facts = Facts(**json.loads("".join(lines), parse_int=float))
+        _check(*facts)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"The facts at the head of {file} are malformed: {error}") from None
+    return facts
 
 
 def _check(evaluation: Mapping[str, float], data_hash: str | None) -> None:
@@ -85,11 +117,20 @@ def _check(evaluation: Mapping[str, float], data_hash: str | None) -> None:
         raise ValueError(f"`data_hash` must be one line of a hash, got {data_hash!r}.")
 
 
-def _front_matter(base_model: str | None, pipeline: str) -> str:
+def _front_matter(base_model: str | None, pipeline: str, facts: Facts) -> str:
     base = [f"base_model: {base_model}"] if base_model else []
     library = ["library_name: peft", f"pipeline_tag: {pipeline}"]
     tags = ["tags:", "- lora", "- lora_jax", "- transformers"]
-    return "\n".join(["---", *base, *library, *tags, "---"])
+    return "\n".join(["---", *base, *library, *tags, *_fact_line(facts), "---"])
+
+
+def _fact_line(facts: Facts) -> list[str]:
+    """The facts as one line of JSON, which is YAML too; nothing where there are none."""
+    if not any(facts):
+        return []
+    evaluation = {metric: float(value) for metric, value in facts.evaluation.items()}
+    known = {"evaluation": evaluation, "data_hash": facts.data_hash}
+    return [_KEY + json.dumps(known, ensure_ascii=False)]
 
 
 def _title(base_model: str | None, model: "Pretrained") -> str:
@@ -104,10 +145,11 @@ def _evaluation(evaluation: Mapping[str, float]) -> str:
     return "\n".join(["## Evaluation", "", "| metric | value |", "|---|---|", *rows])
 
 
-def _code(model: "Pretrained", base: str) -> str:
+def _code(model: "Pretrained", base: str, revision: str | None) -> str:
     labels = f", num_labels={model.config.num_labels}" if "classification" in model.task else ""
     auto_class = _TASKS[model.task].auto_class
     head = ", new_head=True" if model.new else ""
+    at = f", revision={json.dumps(revision)}" if revision else ""
     where = f"BASE = {json.dumps(base)}\nADAPTER = {json.dumps(ADAPTER)}"
     lines = [
         "## Loading",
@@ -122,7 +164,7 @@ def _code(model: "Pretrained", base: str) -> str:
         f"from transformers import {auto_class}",
         "",
         where,
-        f"base = {auto_class}.from_pretrained(BASE{labels})",
+        f"base = {auto_class}.from_pretrained(BASE{at}{labels})",
         "model = PeftModel.from_pretrained(base, ADAPTER).eval()",
         "```",
         "",
@@ -133,7 +175,7 @@ def _code(model: "Pretrained", base: str) -> str:
         "from lora_jax.models import from_pretrained",
         "",
         where,
-        f"model = from_pretrained(BASE, {json.dumps(model.task)}{labels}{head})",
+        f"model = from_pretrained(BASE, {json.dumps(model.task)}{at}{labels}{head})",
         "frozen, trainable, config = lora_jax.load_adapter(ADAPTER, model)",
         "params = lora_jax.merge(frozen, trainable)  # then: model.apply(params, input_ids)",
         "```",

@@ -37,6 +37,7 @@ def save_adapter(
     *,
     profile: Profile = "peft",
     base_model: str | None = None,
+    revision: str | None = None,
     evaluation: Mapping[str, float] | None = None,
     data_hash: str | None = None,
     overwrite: bool = False,
@@ -57,6 +58,8 @@ def save_adapter(
             ``b``; no rsLoRA, nothing trained in full.
         base_model: Hub id of the base, for ``base_model_name_or_path`` and the card; the id that
             ``model`` was loaded by if None, and left out if that was a directory.
+        revision: Branch, tag or commit of ``base_model``, for ``revision`` and the card; the one
+            that ``model`` was loaded at if None and ``model`` is that base.
         evaluation: What the card says of the adapter: metric to value.
         data_hash: What the card says of the data that it was trained on.
         overwrite: Whether a directory that holds files may be replaced.
@@ -65,15 +68,22 @@ def save_adapter(
         ValueError: Weights that the format cannot express, all of them listed: targets that are
             neither matrices nor embeddings, a module of which only a part is trained, a newly
             drawn head that is not trained, and what the profile has not; or values are not
-            finite, ``base_model`` is a path, or ``directory`` holds files.
+            finite, ``base_model`` is a path, ``revision`` is given without it, or ``directory``
+            holds files.
         OSError: A file could not be written; nothing is left behind.
     """
     if profile not in get_args(Profile):
         raise ValueError(f"`profile` must be one of {get_args(Profile)}, got {profile!r}.")
     if base_model is not None and looks_like_path(base_model):
         raise ValueError(f"`base_model` must be a hub id, got the path {base_model!r}.")
+    if revision is not None and base_model is None:
+        raise ValueError(f"`revision` {revision!r} is of no base: give `base_model` too.")
+    base_model = base_model or model.hub_id
+    if revision is None and base_model == model.hub_id:
+        revision = model.revision
     written = _written(trainable, model, profile)
-    fields = _fields(written, config, model, base_model or model.hub_id, profile)
+    base = {"base_model_name_or_path": base_model, "revision": revision}
+    fields = base | _fields(written, config, model, profile)
     notes = _notes(written, model.names)
     card = _card.card(config, model, fields, evaluation or {}, data_hash, notes)
     with new_directory(directory, overwrite=overwrite) as beside:
@@ -178,10 +188,9 @@ def _fields(
     written: _Written,
     config: LoraConfig,
     model: "Pretrained",
-    base_model: str | None,
     profile: Profile,
 ) -> dict[str, Any]:
-    """``adapter_config.json``, every field explicit."""
+    """``adapter_config.json`` without its base, every field explicit."""
     use_rslora = config.use_rslora and profile == "peft"
     ranks = {m.name: m.rank for m in written.modules}
     alphas = {
@@ -192,7 +201,6 @@ def _fields(
     return {
         "peft_type": "LORA",
         "task_type": _task_type(written.trained, model),
-        "base_model_name_or_path": base_model,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_jax import load_adapter, merge
+from lora_jax import load_adapter, merge, save_adapter
 from lora_jax._paths import flatten
+from lora_jax.io.peft._card import read_facts
 from lora_jax.models import from_pretrained
 from tests.lora_jax.cli.adapted import SEQUENCE, listing, run, run_of
-from tests.references.checkpoints import HERE, checkpoint
+from tests.references.checkpoints import HERE, checkpoint, hub_cache
 
 WEIGHTS = "adapter_model.safetensors"
 PATTERNS = {"rank_pattern": {"layers/0/.*": 3}, "alpha_pattern": {"layers/1/.*": 5.0}}
@@ -109,6 +110,46 @@ def test_the_base_keeps_the_name_that_the_adapter_gave_it(tmp_path, capsys, shel
         out = tmp_path / f"new{number}"
         assert run(capsys, "export", "--base", where, "--adapter", named, "--out", out)[0] == 0
         assert fields_of(out)["base_model_name_or_path"] == kept
+
+
+@pytest.mark.parametrize("profile", ["peft", "vllm"])
+def test_the_facts_of_the_card_are_kept(tmp_path, capsys, shelf, profile):
+    where = shelf.base("llama", "causal-lm")
+    model = from_pretrained(where, "causal-lm")
+    _, trainable, config = load_adapter(shelf.adapter(where, "causal-lm"), model)
+    facts = {"evaluation": {"loss": 1 / 3, "BLEU": 66.0}, "data_hash": "sha256:12ab"}
+    what = save_adapter(tmp_path / "old", trainable, config, model, **facts)
+    arguments = ("--base", where, "--adapter", what, "--out", tmp_path / "new")
+    assert run(capsys, "export", *arguments, "--profile", profile)[0] == 0
+    assert read_facts(tmp_path / "new")._asdict() == facts
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "| loss | 0.333333 |\n| BLEU | 66 |" in card
+    assert "Data: `sha256:12ab`" in card
+
+
+def test_the_base_keeps_its_revision(tmp_path, capsys, monkeypatch, shelf):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    where = shelf.base("llama", "causal-lm")
+    cache = hub_cache(tmp_path / "hub", where, "meta/tiny", "v1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    what = run_of(tmp_path / "run", shelf.adapter(where, "causal-lm"), "unused") / "adapter"
+    named = {"base_model_name_or_path": "meta/tiny", "revision": "v1"}
+    fields = fields_of(what) | named
+    (what / "adapter_config.json").write_text(json.dumps(fields))
+    for number, base in enumerate(((), ("--base", "meta/tiny"), ("--base", where))):
+        out = tmp_path / f"new{number}"
+        code, _, err = run(capsys, "export", "--adapter", what, *base, "--out", out)
+        assert (code, err) == (0, "")
+        assert fields_of(out).items() >= named.items()
+    code, _, err = run(capsys, "merge", "--adapter", what, "--out", tmp_path / "merged")
+    assert (code, err) == (0, "")
+    (what / "adapter_config.json").write_text(json.dumps(fields | {"revision": "v2"}))
+    code, _, err = run(capsys, "export", "--adapter", what, "--out", tmp_path / "more")
+    assert (code, "the hub did not give it" in err) == (2, True)
+    (what / "adapter_config.json").write_text(json.dumps(fields | {"revision": 2}))
+    code, _, err = run(capsys, "export", "--adapter", what, "--out", tmp_path / "more")
+    assert (code, "`revision` must be names" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from lora_jax import LoraConfig, cli, split
 from lora_jax.generation import GenerationOptions, generate_text
 from lora_jax.io import save_adapter
 from lora_jax.models import from_pretrained, save_pretrained
+from tests.lora_jax.cli.adapted import run_of
 from tests.lora_jax.generation import toys
+from tests.references.checkpoints import hub_cache
 
 WORDS = [f"w{index}" for index in range(18)]
 TEMPLATE = (
@@ -109,6 +111,32 @@ def test_an_adapter_is_used(capsys, model, adapter):
     code, out, _ = run(capsys, *arguments, "--adapter", adapter)
     assert code == 0
     assert out != plain
+
+
+def test_a_run_names_its_base_and_its_adapter(capsys, tmp_path, model, adapter):
+    run_of(tmp_path / "run", adapter, str(model))
+    arguments = ("generate", *FIVE, "--prompt", "w3 w4", "--json")
+    _, wanted, _ = run(capsys, *arguments, "--model", model, "--adapter", adapter)
+    code, out, err = run(capsys, *arguments, "--adapter", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert json.loads(wanted) == json.loads(out) | {"adapter": str(adapter)}
+    assert json.loads(out)["adapter"] == str(tmp_path / "run" / "adapter")
+
+
+def test_an_adapter_alone_names_its_base(capsys, monkeypatch, tmp_path, model, adapter):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    cache = hub_cache(tmp_path / "hub", model, "meta/tiny", "v1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    alone = run_of(tmp_path / "run", adapter, "unused") / "adapter"
+    arguments = ("generate", *FIVE, "--prompt", "w3 w4", "--adapter", alone)
+    code, _, err = run(capsys, *arguments)
+    assert (code, "does not say what its base model is: add --model" in err) == (2, True)
+    _, wanted, _ = run(capsys, *arguments, "--model", model)
+    fields = json.loads((alone / "adapter_config.json").read_text())
+    fields |= {"base_model_name_or_path": "meta/tiny", "revision": "v1"}
+    (alone / "adapter_config.json").write_text(json.dumps(fields))
+    assert run(capsys, *arguments) == (0, wanted, "")
 
 
 def test_prompts_come_from_files_and_stdin(capsys, monkeypatch, tmp_path, model):

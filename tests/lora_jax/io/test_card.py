@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from lora_jax import merge, save_adapter
+from lora_jax.io.peft._card import Facts, read_facts
 from lora_jax.models import from_pretrained
 from tests.lora_jax.io import test_peft_decoders as decoders
 from tests.lora_jax.io.test_peft import TASK, lora, trained
-from tests.references.checkpoints import checkpoint
+from tests.references.checkpoints import checkpoint, hub_cache
 
 
 def front_matter(card):
@@ -70,6 +71,91 @@ def test_the_facts_are_there(save):
     config = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
     assert config["rank"] == 4
     assert config["targets"] == ["attention/(query|value)"]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        Facts({}, None),
+        Facts({"accuracy": 1 / 3, 'Größe 📏: "x"': -2.0, "loss": float("inf")}, "sha256:12ab"),
+        Facts({}, "12ab"),
+        Facts({"accuracy": 1.0}, None),
+    ],
+    ids=["none", "both", "data", "evaluation"],
+)
+def test_the_facts_are_read_back_exactly(save, facts):
+    directory, card = save(**facts._asdict())
+    assert read_facts(directory) == facts
+    assert ("lora_jax" in front_matter(card)) == any(facts)
+    if facts.data_hash:
+        assert front_matter(card)["lora_jax"]["data_hash"] == facts.data_hash
+        assert front_matter(card)["lora_jax"]["evaluation"].keys() == facts.evaluation.keys()
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        None,
+        "",
+        "# lora_jax\n",
+        "---\nbase_model: a/b\n---\n",
+        '---\ntags: []\n---\nlora_jax: {"evaluation": {}, "data_hash": "no head"}\n',
+    ],
+    ids=["no-card", "empty", "no-head", "no-line", "below-the-head"],
+)
+def test_a_card_of_others_has_no_facts(tmp_path, card):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert read_facts(tmp_path) == Facts({}, None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5",
+        "{",
+        "[" * 100_000,
+        '{"evaluation": {}}',
+        '{"evaluation": [], "data_hash": null}',
+        '{"evaluation": {"accuracy": "high"}, "data_hash": null}',
+        '{"evaluation": {}, "data_hash": 5}',
+        '{"evaluation": {}, "data_hash": null, "more": 1}',
+        '{"evaluation": {}, "data_hash": null}\nlora_jax: {}',
+    ],
+    ids=["number", "cut", "deep", "half", "list", "words", "hash", "more", "twice"],
+)
+def test_malformed_facts_are_refused(tmp_path, line):
+    (tmp_path / "README.md").write_text(f"---\nlora_jax: {line}\n---\n")
+    with pytest.raises(ValueError, match=r"facts at the head of .*README.md are malformed"):
+        read_facts(tmp_path)
+
+
+def test_a_base_on_the_hub_is_named_with_its_revision(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    cache = hub_cache(tmp_path / "hub", checkpoint(tmp_path / "b", "bert", TASK), "me/tiny", "v1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    model = from_pretrained("me/tiny", revision="v1")
+    assert (model.hub_id, model.revision) == ("me/tiny", "v1")
+    frozen, trainable = trained(model, lora())
+    directory = save_adapter(tmp_path / "adapter", trainable, lora(), model)
+    fields = json.loads((directory / "adapter_config.json").read_text())
+    assert (fields["base_model_name_or_path"], fields["revision"]) == ("me/tiny", "v1")
+    card = (directory / "README.md").read_text()
+    assert 'from_pretrained(BASE, revision="v1"' in code(card, "PEFT")
+    scope = {}
+    exec(code(card, "lora_jax").replace('"ADAPTER"', repr(str(directory))), scope)
+    jax.tree.map(np.testing.assert_array_equal, scope["params"], merge(frozen, trainable))
+    other = save_adapter(tmp_path / "other", trainable, lora(), model, base_model="you/tiny")
+    assert json.loads((other / "adapter_config.json").read_text())["revision"] is None
+
+
+def test_a_revision_is_of_a_base_on_the_hub(save, tmp_path):
+    with pytest.raises(ValueError, match="`revision` 'v1' is of no base"):
+        save(revision="v1")
+    _, card = save(base_model="google-bert/bert-base-uncased", revision="v1")
+    assert code(card, "PEFT").count('revision="v1"') == 1
+    assert from_pretrained(tmp_path / "base", revision="v1").revision is None
 
 
 def test_our_code_runs(save, model, tmp_path):

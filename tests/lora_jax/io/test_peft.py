@@ -146,6 +146,7 @@ def test_what_is_written_leaves_nothing_to_a_default(adapter):
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": None,
+        "revision": None,
         "r": 4,
         "lora_alpha": 10,
         "rank_pattern": {},

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _compile_fast():
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)

@@ -181,6 +181,19 @@ def test_tokenizer_and_generation_config_are_copied_and_the_rest_is_not(tmp_path
     assert all((tmp_path / "new" / name).read_text() == name for name in copied)
 
 
+def test_a_base_whose_directory_has_gone_is_refused(tmp_path):
+    """Its tokenizer would be missing, and nothing would say so."""
+    base = checkpoint(tmp_path / "base", "bert", TASK)
+    model = from_pretrained(base)
+    base.rename(tmp_path / "elsewhere")
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match=r"base, which .* no longer exists: its tokenizer"):
+        save_pretrained(tmp_path / "new", model, model.params)
+    with pytest.raises(ValueError, match="no longer exists"):
+        save_merged(tmp_path / "new", model, *halves(model))
+    assert listing(tmp_path) == before
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_tied_head_is_not_stored_twice(tmp_path, family):
     model = from_pretrained(checkpoint(tmp_path / "base", family, "masked-lm"), "masked-lm")
