@@ -50,7 +50,7 @@ def tensors_in(file: Path) -> dict[str, Tensor]:
 def write_tensors(
     file: Path, tensors: Mapping[str, np.ndarray], note: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file as PyTorch's libraries read it.
+    """Writes a safetensors file as PyTorch's libraries read it; who may read its directory may.
 
     Args:
         file: Where.
@@ -64,6 +64,8 @@ def write_tensors(
         save_file(dict(tensors), file, metadata={"format": "pt", **(note or {})})
     except SafetensorError as error:
         raise OSError(f"{file.name} could not be written: {error}.") from error
+    # safetensors 0.8 lets nobody but the owner read what it writes: as the directory does instead.
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def tensors_of_index(index: Path) -> dict[str, Tensor]:

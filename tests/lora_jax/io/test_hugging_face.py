@@ -2,12 +2,14 @@
 
 import json
 import os
+import stat
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from lora_jax.io._checkpoint_writer import write_checkpoint
+from lora_jax.io._safetensors import write_tensors
 from lora_jax.io.hub import find_checkpoint, looks_like_path
 from lora_jax.io.hugging_face import find_tensors
 from lora_jax.io.names import NameTable, Row, expand
@@ -233,6 +235,13 @@ def test_writing_through_a_symlink_keeps_it(tmp_path, there):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
     written = ["config.json", "model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "real").iterdir()) == written
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_a_file_may_be_read_by_whoever_may_read_its_directory(tmp_path, mode):
+    tmp_path.chmod(mode)
+    write_tensors(tmp_path / "a.safetensors", {"a": np.ones(3)})
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode & 0o666
 
 
 def test_writing_refuses_other_weights_and_a_full_directory(tmp_path):
