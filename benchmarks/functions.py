@@ -214,15 +214,60 @@ def bert(model_type: str = "bert", **options: Any) -> Function:
         max_position_embeddings=40,
     )
     model = Bert(config, **options)
+    pooler = 1 if model_type == "bert" else 0
     return Function(
         fn=model.apply,
         params=model.init(jax.random.key(0), tokens()),
         call=lambda fn, params: fn(params, tokens()),
         targets=("all-linear",),
-        count=6 if options.get("scan_layers") else 6 * LAYERS,
+        count=pooler + (6 if options.get("scan_layers") else 6 * LAYERS),
         limit=LOW_RANK_REMAT if options.get("remat") else LOW_RANK,
     )
 
+
+def decoder(fields: dict[str, Any], each: int, **options: Any) -> Function:
+    """A decoder of `lora_jax.models` by its ``config.json``, with ``each`` matrices a layer."""
+    from lora_jax.models._families import family_of
+
+    family = family_of(fields)
+    chosen = {"scan_layers": False, "remat": False} | options
+    model = family.make_module(
+        family.read_config(fields),
+        "causal-lm",
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        **chosen,
+    )
+    return Function(
+        fn=model.apply,
+        params=model.init(jax.random.key(0), tokens()),
+        call=lambda fn, params: fn(params, tokens()),
+        targets=("all-linear",),
+        count=each if chosen["scan_layers"] else each * LAYERS,
+        limit=LOW_RANK_REMAT if chosen["remat"] else LOW_RANK,
+    )
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "max_position_embeddings": 40,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCABULARY,
+    "n_embd": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_positions": 40,
+}
 
 OUR_OWN: dict[str, Callable[[], Function]] = {
     "lora_jax.models.Bert": bert,
@@ -230,6 +275,12 @@ OUR_OWN: dict[str, Callable[[], Function]] = {
     "lora_jax.models.Bert, scanned": functools.partial(bert, scan_layers=True),
     "lora_jax.models.Bert, remat": functools.partial(bert, remat=True),
     "lora_jax.models.Bert, scanned, remat": functools.partial(bert, scan_layers=True, remat=True),
+    "lora_jax.models.Llama": functools.partial(decoder, LLAMA, 7),
+    "lora_jax.models.Llama, scanned, remat": functools.partial(
+        decoder, LLAMA, 7, scan_layers=True, remat=True
+    ),
+    "lora_jax.models.Gpt2": functools.partial(decoder, GPT2, 4),
+    "lora_jax.models.Gpt2, scanned": functools.partial(decoder, GPT2, 4, scan_layers=True),
 }
 THEIRS: dict[str, Callable[[], Function]] = {
     "transformers FlaxGPT2LMHeadModel": gpt2,
