@@ -6,7 +6,14 @@ from benchmarks import flops
 from benchmarks.functions import OUR_OWN
 
 
-@pytest.mark.parametrize("name", ["lora_jax.models.Llama", "lora_jax.models.Gpt2, scanned"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_jax.models.Llama",
+        "lora_jax.models.Llama, scanned, remat",
+        "lora_jax.models.Gpt2, scanned",
+    ],
+)
 def test_gradient_flops_are_those_of_the_low_rank_path(name):
     function = OUR_OWN[name]()
     counts = flops.count(function)
