@@ -15,30 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import _layers
-from lora_jax.models._attention import Placement, attend, causal_mask, explicit_mask, place
+from lora_jax.models._attention import Placement, attend, place
 from lora_jax.models._cache import Cache, store
 from lora_jax.models._layers import ACTIVATIONS, dense, embedding, head, layers_of, shared
 from lora_jax.models.llama._config import LlamaConfig
-from lora_jax.models.llama._rotary import Angles, angles, rotate
-
-
-class View(NamedTuple):
-    """What a layer sees of the tokens: their angles, and the mask of `causal_mask`."""
-
-    angles: Angles
-    mask: jax.Array | None
-
-
-class Views(NamedTuple):
-    """The views of a stack of layers.
-
-    Attributes:
-        whole: Of layers that see everything, or of all layers where they are of one kind.
-        sliding: Of layers that see a window, where a scan runs over both kinds.
-    """
-
-    whole: View
-    sliding: View | None = None
+from lora_jax.models.llama._rotary import Angles, rotate
+from lora_jax.models.llama._views import View, Views, both_views, chosen, view_of
 
 
 class Carry(NamedTuple):
@@ -136,7 +118,7 @@ class Layer(Block):
     @nn.compact
     def __call__(self, carry: Carry, which: Which, views: Views) -> tuple[Carry, None]:
         """One layer further."""
-        x, view = carry.x, _chosen(views, which.sliding)
+        x, view = carry.x, chosen(views, which.sliding)
         mixed, cache = Attention(**shared(self), name="attention")(
             self._norm(x, "attention_norm"), carry.cache, which.index, view
         )
@@ -154,16 +136,10 @@ class Layer(Block):
         return checkpoint_name(x + mixed, "residual")
 
 
-def _chosen(views: Views, sliding: jax.Array | None) -> View:
-    if sliding is None:
-        return views.whole
-    return jax.tree.map(lambda s, w: jnp.where(sliding, s, w), views.sliding, views.whole)
-
-
 def _unrolled_layers(layers: nn.Module, config: LlamaConfig, x: Carry, placed: Placement) -> Carry:
     """Through the layers one by one, each with the view of its kind."""
     kinds = config.sliding_layers
-    views = {sliding: Views(_view(config, placed, sliding)) for sliding in set(kinds)}
+    views = {sliding: Views(view_of(config, placed, sliding)) for sliding in set(kinds)}
     return layers(x, [(Which(i), views[sliding]) for i, sliding in enumerate(kinds)])
 
 
@@ -171,27 +147,11 @@ def _scanned_layers(layers: nn.Module, config: LlamaConfig, x: Carry, placed: Pl
     """Through the layers by one scan; where they are of both kinds each chooses its view."""
     which = Which(jnp.arange(config.num_hidden_layers, dtype=jnp.int32))
     if len(set(config.sliding_layers)) == 1:
-        views = Views(_view(config, placed, config.sliding_layers[0]))
+        views = Views(view_of(config, placed, config.sliding_layers[0]))
     else:
         which = which._replace(sliding=jnp.asarray(config.sliding_layers))
-        views = _both_views(config, placed)
+        views = both_views(config, placed)
     return layers(x, which, views)[0]
-
-
-def _view(config: LlamaConfig, placed: Placement, sliding: bool) -> View:
-    own = config.sliding_rope if sliding else None
-    rope = config.rope if own is None else own
-    window = config.sliding_window if sliding else None
-    turned = angles(rope, config.head_dim, placed.positions)
-    return View(turned, causal_mask(placed, window))
-
-
-def _both_views(config: LlamaConfig, placed: Placement) -> Views:
-    """Both views, with masks to choose between where one of them has one."""
-    whole, sliding = (_view(config, placed, kind) for kind in (False, True))
-    if whole.mask is None and sliding.mask is not None:
-        whole = whole._replace(mask=explicit_mask(placed))
-    return Views(whole, sliding)
 
 
 class Llama(Block):
