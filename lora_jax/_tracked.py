@@ -13,7 +13,6 @@ from jax import lax
 
 from ._axes import Move, moves
 from ._compat import bind
-from ._quantized import QuantizedWeight
 
 
 class Step(NamedTuple):
@@ -35,17 +34,9 @@ class Step(NamedTuple):
     unbroadcast: Callable[[int], jax.Array | None]
 
     def bind(self, value: Any) -> list[Any]:
-        """Binds the equation with ``value`` in the tracked weight's place.
-
-        A weight that is itself held by another one goes by its own rules.
-        """
+        """Binds the equation with ``value`` in the tracked weight's place."""
         operands = list(self.operands)
         operands[self.position] = value
-        if isinstance(value, Tracked):
-            outputs = value.apply(self._replace(operands=operands))
-            if outputs is not None:
-                return outputs
-            operands[self.position] = value.materialize()
         return bind(self.eqn, operands)
 
 
@@ -54,7 +45,7 @@ class Tracked:
     """Base of the weights that travel: ``labels[i]`` says what axis ``i`` of ``w`` is.
 
     Attributes:
-        w: The weight itself: an array, or another weight that travels.
+        w: The weight itself.
         labels: One hashable for each axis of ``w``.
         path: The weight's path, for messages.
         spread: For each part, the mesh axes over which it is sharded inside a `shard_map`.
@@ -109,14 +100,13 @@ class Tracked:
             for part, own in zip(self.parts, owned, strict=True)
         ]
         sliced = [part for part, own in zip(self.parts, owned, strict=True) if own]
-        inner, restore_w = unstack(self.w)
 
         def restore(slices: Sequence[Any]) -> Self:
-            w, rest = restore_w(slices[: len(inner)]), iter(slices[len(inner) :])
+            rest = iter(slices[1:])
             parts = [next(rest) if own else part for part, own in zip(fixed, owned, strict=True)]
-            return self.rebuild(w, parts, self.labels[1:])
+            return self.rebuild(slices[0], parts, self.labels[1:])
 
-        return [*inner, *sliced], restore
+        return [self.w, *sliced], restore
 
     def _rearrange(self, step: Step, moved: list[Move]) -> list[Any] | None:
         labels = [
@@ -143,22 +133,3 @@ class Tracked:
     def _along(self, part: int, move: Move) -> Any:
         array = self.parts[part]
         return None if array is None else move.apply(array, self.owned(part))
-
-
-def unstack(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """`Tracked.unstack` of what travels; a plain array is sliced as it is."""
-    return value.unstack() if isinstance(value, Tracked) else ([value], lambda slices: slices[0])
-
-
-def holds_codes(value: Any) -> bool:
-    """Whether it is a weight without an array that could be cut along the weight's own axes."""
-    return isinstance(value, Tracked) and isinstance(value.w, Tracked | QuantizedWeight)
-
-
-def opened_codes(value: Any) -> Any:
-    """The same weight around an array: codes are dequantised."""
-    if not holds_codes(value):
-        return value
-    if isinstance(value.w, Tracked):
-        return value.rebuild(value.w.materialize(), value.parts, value.labels)
-    return value.materialize()

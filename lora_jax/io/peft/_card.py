@@ -4,7 +4,7 @@ Its head is what the hub reads. A base model is named by its hub id or not at al
 nothing on another machine. One line of the head repeats the facts as JSON, so that whoever writes
 the adapter again can keep them:
 
-    lora_jax: {"evaluation": {"accuracy": 0.875}, "data_hash": "sha256:12ab", "quantize": "nf4"}
+    lora_jax: {"evaluation": {"accuracy": 0.875}, "data_hash": "sha256:12ab"}
 """
 
 import dataclasses
@@ -30,17 +30,10 @@ _KEY = "lora_jax: "
 
 
 class Facts(NamedTuple):
-    """What is known of an adapter beyond its weights.
-
-    Attributes:
-        evaluation: Metric to value.
-        data_hash: Names the data that it was trained on.
-        quantize: The scheme that its base was held in meanwhile; None is full precision.
-    """
+    """What is known of an adapter beyond its weights; see `card`."""
 
     evaluation: Mapping[str, float]
     data_hash: str | None
-    quantize: str | None = None
 
 
 class _Task(NamedTuple):
@@ -64,7 +57,8 @@ def card(
     config: LoraConfig,
     model: "Pretrained",
     fields: Mapping[str, Any],
-    facts: Facts,
+    evaluation: Mapping[str, float],
+    data_hash: str | None,
     notes: Iterable[str],
 ) -> str:
     """The text of the card.
@@ -73,23 +67,22 @@ def card(
         config: What was trained.
         model: The model it was trained on.
         fields: ``adapter_config.json``.
-        facts: What is known of the adapter.
+        evaluation: Metric to value.
+        data_hash: Names the data that it was trained on.
         notes: What a user of the adapter has to know.
 
     Raises:
-        ValueError: A metric is no name with a number, or ``data_hash`` or ``quantize`` is not
-            one line.
+        ValueError: A metric is no name with a number, or ``data_hash`` is not one line.
     """
-    _check(*facts)
+    _check(evaluation, data_hash)
     base_model = fields["base_model_name_or_path"]
     sections = [
-        _front_matter(base_model, _TASKS[model.task].pipeline, facts),
+        _front_matter(base_model, _TASKS[model.task].pipeline, Facts(evaluation, data_hash)),
         _title(base_model, model),
-        _evaluation(facts.evaluation),
+        _evaluation(evaluation),
         _code(model, base_model or BASE, fields["revision"]),
-        _precision(facts.quantize),
         *notes,
-        _training(config, facts.data_hash),
+        _training(config, data_hash),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -114,7 +107,7 @@ def read_facts(directory: Path) -> Facts:
     return facts
 
 
-def _check(evaluation: Mapping[str, float], data_hash: str | None, quantize: str | None) -> None:
+def _check(evaluation: Mapping[str, float], data_hash: str | None) -> None:
     for metric, value in evaluation.items():
         is_name = isinstance(metric, str) and re.fullmatch(r"[^\n|`<>]+", metric)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -122,8 +115,6 @@ def _check(evaluation: Mapping[str, float], data_hash: str | None, quantize: str
             raise ValueError(f"`evaluation` must give names numbers, got {metric!r}: {value!r}.")
     if data_hash is not None and not re.fullmatch(r"[\w.:+=/ -]+", data_hash):
         raise ValueError(f"`data_hash` must be one line of a hash, got {data_hash!r}.")
-    if quantize is not None and not re.fullmatch(r"\w+", quantize):
-        raise ValueError(f"`quantize` must be the name of a scheme, got {quantize!r}.")
 
 
 def _front_matter(base_model: str | None, pipeline: str, facts: Facts) -> str:
@@ -138,7 +129,7 @@ def _fact_line(facts: Facts) -> list[str]:
     if not any(facts):
         return []
     evaluation = {metric: float(value) for metric, value in facts.evaluation.items()}
-    known = facts._asdict() | {"evaluation": evaluation}
+    known = {"evaluation": evaluation, "data_hash": facts.data_hash}
     return [_KEY + json.dumps(known, ensure_ascii=False)]
 
 
@@ -152,16 +143,6 @@ def _evaluation(evaluation: Mapping[str, float]) -> str:
         return ""
     rows = [f"| {metric} | {value:.6g} |" for metric, value in evaluation.items()]
     return "\n".join(["## Evaluation", "", "| metric | value |", "|---|---|", *rows])
-
-
-def _precision(quantize: str | None) -> str:
-    if quantize is None:
-        return ""
-    return (
-        f"It was trained on the base quantised to {quantize} "
-        f"(`from_pretrained(..., quantize={json.dumps(quantize)})`). It runs on the base in either "
-        "precision; the code above merges it into the original one."
-    )
 
 
 def _code(model: "Pretrained", base: str, revision: str | None) -> str:

@@ -11,19 +11,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import _layers
 from lora_jax.models._inputs import check_ids, check_length, check_shapes
 from lora_jax.models._layers import (
     ACTIVATIONS,
     Embedding,
+    Unrolled,
     attend_with_dropout,
     dense,
     dropout,
     embedding,
     layer_norm,
-    layers_of,
+    scanned,
     shared,
 )
 from lora_jax.models.bert._config import BertConfig
@@ -65,16 +65,14 @@ class Attention(Block):
         config = self.config
         heads = (*x.shape[:2], config.num_attention_heads, -1)
         query, key, value = (
-            checkpoint_name(dense(self, config.hidden_size, name)(x).reshape(heads), name)
+            dense(self, config.hidden_size, name)(x).reshape(heads)
             for name in ("query", "key", "value")
         )
         rate = config.attention_probs_dropout_prob
         kept = mask[:, None, None, :]
         mixed = attend_with_dropout(self, query, key, value, kept, rate=rate).reshape(x.shape)
-        mixed = checkpoint_name(mixed, "attention")
         out = dense(self, config.hidden_size, "out")(mixed)
-        x = checkpoint_name(x + dropout(self, out, config.hidden_dropout_prob), "out")
-        return _norm(self, x, "norm")
+        return _norm(self, x + dropout(self, out, config.hidden_dropout_prob), "norm")
 
 
 class Mlp(Block):
@@ -84,10 +82,9 @@ class Mlp(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(B, T, hidden)`` to the same."""
         config = self.config
-        up = checkpoint_name(dense(self, config.intermediate_size, "up")(x), "up")
+        up = dense(self, config.intermediate_size, "up")(x)
         down = dense(self, config.hidden_size, "down")(ACTIVATIONS[config.hidden_act](up))
-        x = checkpoint_name(x + dropout(self, down, config.hidden_dropout_prob), "down")
-        return _norm(self, x, "norm")
+        return _norm(self, x + dropout(self, down, config.hidden_dropout_prob), "norm")
 
 
 class Layer(Block):
@@ -104,15 +101,14 @@ class Encoder(Block):
     """All layers, unrolled or scanned."""
 
     scan_layers: bool = False
-    layers_per_step: int = 1
     remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(B, T, hidden)`` to the same."""
-        layers = layers_of(self, Layer, in_axes=nn.broadcast)
         if self.scan_layers:
-            return layers(x, mask)[0]
+            return scanned(self, Layer, self.remat, in_axes=nn.broadcast)(x, mask)[0]
+        layers = Unrolled(**shared(self), layer=Layer, remat=self.remat, name="layers")
         return layers(x, [(mask,)] * self.config.num_hidden_layers)
 
 
@@ -149,14 +145,12 @@ class Bert(Block):
         task: One of `TASKS`.
         scan_layers: One ``nn.scan`` over the layers: compiles in the time of one layer; the
             layers' weights are stacked along axis 0.
-        layers_per_step: Layers that a step of the scan goes through.
         remat: What each layer recomputes in the backward pass, a policy's name or a bool; see
             `lora_jax.models._remat`.
     """
 
     task: str = "sequence-classification"
     scan_layers: bool = False
-    layers_per_step: int = 1
     remat: bool | str = False
 
     @nn.compact
@@ -191,11 +185,7 @@ class Bert(Block):
         positions = _positions(self.config, input_ids)
         x, words = Embeddings(**shared(self), name="embeddings")(input_ids, types, positions)
         encoder = Encoder(
-            **shared(self),
-            scan_layers=self.scan_layers,
-            layers_per_step=self.layers_per_step,
-            remat=self.remat,
-            name="encoder",
+            **shared(self), scan_layers=self.scan_layers, remat=self.remat, name="encoder"
         )
         x = encoder(x, mask.astype(bool))
         if self.task == "feature-extraction":
@@ -236,7 +226,6 @@ def make_module(
     param_dtype: Any,
     scan_layers: bool,
     remat: bool | str,
-    layers_per_step: int = 1,
 ) -> Bert:
     """The module of a task; see `Bert`."""
     return Bert(
@@ -245,6 +234,5 @@ def make_module(
         param_dtype=param_dtype,
         task=task,
         scan_layers=scan_layers,
-        layers_per_step=layers_per_step,
         remat=remat,
     )
