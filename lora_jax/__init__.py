@@ -21,10 +21,15 @@ and `mask` and `masked` serve scripts that keep one tree.
 from ._config import LoraConfig as LoraConfig
 from ._interpret import MaterializeWarning as MaterializeWarning, adapt as adapt
 from ._layouts import layouts as layouts
-from ._merge import merge as merge, unmerge as unmerge
+from ._merge import (
+    DequantizedMergeWarning as DequantizedMergeWarning,
+    merge as merge,
+    unmerge as unmerge,
+)
 from ._partition import combine as combine, mask as mask, masked as masked, split as split
 from ._parts import PartFactors as PartFactors
 from ._summary import summary as summary
 from ._weights import Factors as Factors, LoraFactors as LoraFactors, LoraWeight as LoraWeight
 from .io import load_adapter as load_adapter, save_adapter as save_adapter
 from .models import save_pretrained as save_pretrained
+from .ops.quantized import dequantize as dequantize, quantize as quantize

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _compat
-from ._tracked import Tracked
+from ._tracked import Tracked, holds_codes, opened_codes, unstack
 
 if TYPE_CHECKING:
     from ._interpret import Walk
@@ -66,8 +66,11 @@ def _plain_body(walk: "Walk", jaxpr: Any, eqn: Any) -> Callable[..., list[Any]]:
 
 
 def _constrain(value: Any, sharding: Any) -> Any:
-    """Keeps the sharding that an inner jit asks for; an adapted weight's factors follow it."""
-    if not isinstance(sharding, NamedSharding):
+    """Keeps the sharding that an inner jit asks for; an adapted weight's factors follow it.
+
+    Codes stay where they are: their axes are not the weight's.
+    """
+    if not isinstance(sharding, NamedSharding) or holds_codes(value):
         return value
     if isinstance(value, Tracked):
         w = lax.with_sharding_constraint(value.w, sharding)
@@ -92,7 +95,7 @@ def _enter_scan(walk: "Walk", eqn: Any, inputs: list[Any]) -> list[Any]:
     consts, carry, xs = _cut(inputs, n_consts, n_carry)
     fixed = _invariant(inner.jaxpr, n_consts, carry)
     moving = [i for i in range(n_carry) if i not in fixed]
-    sliced = [x.unstack() if isinstance(x, Tracked) else ([x], _first) for x in xs]
+    sliced = [unstack(x) for x in xs]
 
     def body(values, slices):
         full = [fixed.get(i) for i in range(n_carry)]
@@ -142,7 +145,8 @@ def _enter_cond(walk: "Walk", eqn: Any, inputs: list[Any]) -> list[Any] | None:
 
 def _enter_shard_map(walk: "Walk", eqn: Any, inputs: list[Any]) -> list[Any]:
     params = eqn.params
-    pairs = list(zip(inputs, params["in_specs"], strict=True))
+    opened = [opened_codes(value) for value in inputs]
+    pairs = list(zip(opened, params["in_specs"], strict=True))
     inputs = [_spread(value, spec) for value, spec in pairs]
     specs = [_specs(value, spec) for value, (_, spec) in zip(inputs, pairs, strict=True)]
     return jax.shard_map(
@@ -207,10 +211,6 @@ def _invariant(jaxpr: Any, n_consts: int, carry: list[Any]) -> dict[int, Tracked
 def _refill(fixed: dict[int, Any], moving: list[int], values: Sequence[Any], n: int) -> list[Any]:
     rest = dict(zip(moving, values, strict=True)) | fixed
     return [rest[i] for i in range(n)]
-
-
-def _first(slices: Sequence[Any]) -> Any:
-    return slices[0]
 
 
 _ENTER: dict[str, Callable[["Walk", Any, list[Any]], list[Any] | None]] = {

@@ -16,6 +16,8 @@ from jax import lax
 
 from ._config import AxisKind
 from ._contract import contract
+from ._packed import Packed
+from ._quantized import is_quantized
 from ._tracked import Step, Tracked
 from ._weights import LoraWeight
 
@@ -30,7 +32,7 @@ class Factored(Tracked):
     """An adapted weight inside a jaxpr.
 
     Attributes:
-        w: ``(*axes)``.
+        w: ``(*axes)``, an array or a `Packed` weight.
         a: ``(*axes, rank)``, of size 1 on every axis that is neither stacked nor in.
         b: ``(*axes, rank)``, of size 1 on every axis that is neither stacked nor out.
         keys: None, or dropout keys ``(*axes)``, of size 1 on every axis that is not stacked.
@@ -75,7 +77,8 @@ class Factored(Tracked):
         b = self.scale * b
         update = contract(a, a_axes, b, b_axes, made, precision=lax.Precision.HIGHEST)
         update = lax.expand_dims(update, [n for n in range(self.w.ndim) if n not in made])
-        return (self.w.astype(update.dtype) + update).astype(self.w.dtype)
+        w = self.w.materialize() if isinstance(self.w, Tracked) else self.w
+        return (w.astype(update.dtype) + update).astype(w.dtype)
 
     def compact(self, part: int) -> tuple[jax.Array, list[Hashable]]:
         """A factor without the axes that it does not vary along, and names of those it keeps."""
@@ -87,7 +90,8 @@ class Factored(Tracked):
 
 def factor(weight: LoraWeight) -> Factored:
     """Lays the factors of a weight out along the weight's own axes."""
-    layout, w, factors = weight.factors.layout, weight.w, weight.factors.whole()
+    layout, factors = weight.factors.layout, weight.factors.whole()
+    w = Packed(weight.w, path=weight.path) if is_quantized(weight.w) else weight.w
     a, b, keys = (
         _lay_out(part, layout, kinds, rank_axis)
         for part, kinds, rank_axis in (

@@ -22,7 +22,9 @@ from . import (
 )
 from ._control_flow import enter, has_body
 from ._factored import factor
-from ._tracked import Step, Tracked
+from ._packed import Packed
+from ._quantized import is_quantized
+from ._tracked import Step, Tracked, holds_codes
 from ._weights import LoraWeight, TrainedWeight, is_node
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
@@ -51,8 +53,8 @@ def adapt(fn: Fn, *, on_materialize: OnMaterialize = "warn") -> Fn:
 
     Returns:
         A function with the signature and results of ``fn`` that takes adapted weights, as
-        `combine` makes them, anywhere in its arguments. It composes with every JAX
-        transformation; each call traces ``fn`` again, so put it under `jax.jit`.
+        `combine` makes them, and quantised ones anywhere in its arguments. It composes with every
+        JAX transformation; each call traces ``fn`` again, so put it under `jax.jit`.
 
     Raises:
         ValueError: ``on_materialize`` is unknown; from the returned function, with ``"error"``,
@@ -83,17 +85,15 @@ def adapt(fn: Fn, *, on_materialize: OnMaterialize = "warn") -> Fn:
 def call(
     fn: Callable[..., Any], walk: "Walk", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Calls ``fn`` with every `LoraWeight` in its arguments tracked through its jaxpr."""
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+    """Calls ``fn`` with every adapted or quantised weight tracked through its jaxpr."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_travels)
     leaves = [leaf.w if isinstance(leaf, TrainedWeight) else leaf for leaf in leaves]
-    if not any(isinstance(leaf, LoraWeight) for leaf in leaves):
+    if not any(map(_travels, leaves)):
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, LoraWeight) or _is_array(leaf)]
-    chosen = [leaves[place] for place in places]
-    values = [factor(v) if isinstance(v, LoraWeight) else v for v in chosen]
-    arrays = [value.w if isinstance(value, Tracked) else value for value in values]
-    jaxpr, rebuild = trace(fn, leaves, treedef, places, arrays)
+    places = [i for i, leaf in enumerate(leaves) if _travels(leaf) or _is_array(leaf)]
+    values = [_tracked(leaves[place]) for place in places]
+    jaxpr, rebuild = trace(fn, leaves, treedef, places, [_seen(value) for value in values])
     outputs = walk.evaluate(*_compat.open_jaxpr(jaxpr), values)
     return rebuild([walk.plain(value, "the function's result") for value in outputs])
 
@@ -141,6 +141,23 @@ def trace(
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array)
+
+
+def _travels(leaf: Any) -> bool:
+    return is_node(leaf) or is_quantized(leaf)
+
+
+def _tracked(leaf: Any) -> Any:
+    if isinstance(leaf, LoraWeight):
+        return factor(leaf)
+    return Packed(leaf) if is_quantized(leaf) else leaf
+
+
+def _seen(value: Any) -> Any:
+    """What ``fn`` is traced with: the array, or the shape of the weight that codes stand for."""
+    if holds_codes(value):
+        return jax.ShapeDtypeStruct(value.w.shape, value.w.dtype)
+    return value.w if isinstance(value, Tracked) else value
 
 
 @dataclasses.dataclass(frozen=True)

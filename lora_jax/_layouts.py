@@ -15,6 +15,7 @@ from ._compat import open_jaxpr
 from ._config import Layout
 from ._interpret import Walk, trace
 from ._paths import flatten
+from ._quantized import is_quantized
 from ._tracked import Step, Tracked
 
 Origins = frozenset[int]
@@ -48,7 +49,7 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
     """
     weights, _ = flatten(params)
     record: dict[str, dict[str, dict[int, str]]] = {path: {} for path in weights}
-    leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
+    leaves, treedef = jax.tree.flatten(((params, *args), kwargs), is_leaf=is_quantized)
     places = [
         i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
@@ -77,6 +78,8 @@ def layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> d
 
 def _shape(leaf: Any) -> Any:
     """The shape of a leaf, of the dtype that JAX would give it (int32 for NumPy's int64)."""
+    if is_quantized(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return jax.eval_shape(lambda x: x, leaf)
 
 

@@ -4,6 +4,7 @@ merge:     w + scale * a @ b      plain weights, for the unmodified model
 unmerge:   w - scale * a @ b      back to the frozen half
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,12 +14,19 @@ from jax.core import Tracer
 
 from ._partition import _frozen_leaves
 from ._paths import flatten, nearest
+from ._quantized import is_quantized
 from ._weights import Factors, delta
 
 Tree = TypeVar("Tree")
 
 
-def merge(frozen: Tree, trainable: Mapping[str, Any], *, dtype: Any = None) -> Tree:
+class DequantizedMergeWarning(UserWarning):
+    """An update was merged into a dequantised weight: the base's quantisation error stays in it."""
+
+
+def merge(
+    frozen: Tree, trainable: Mapping[str, Any], *, dtype: Any = None, base: Any = None
+) -> Tree:
     """Folds the trainable half into the frozen one: plain weights, as they were before `split`.
 
     Computed in float32 and rounded once, to the dtype of the weight. In bfloat16 an update below
@@ -28,20 +36,66 @@ def merge(frozen: Tree, trainable: Mapping[str, Any], *, dtype: Any = None) -> T
         frozen: The frozen half of `split`.
         trainable: The trainable half.
         dtype: Of all merged weights of a float dtype; None keeps each weight's own.
+        base: The parameters as they were before `quantize`, for a quantised ``frozen``: its
+            quantised weights are replaced by these. None dequantises them, and warns.
 
     Returns:
         The structure and shapes of the original parameters, and their dtypes if ``dtype`` is
         None. A weight whose update is zero then comes back bit for bit.
 
     Raises:
-        ValueError: The halves do not belong together, ``dtype`` is not a float dtype, or a merged
-            weight is not finite (checked on concrete arrays; under a transformation there are
-            no values to check).
+        ValueError: The halves do not belong together, nor ``base`` to them, ``dtype`` is not a
+            float dtype, or a merged weight is not finite (checked on concrete arrays; under a
+            transformation there are no values to check).
+
+    Warns:
+        DequantizedMergeWarning: Weights are quantised and there is no ``base``.
     """
     check_float(dtype)
     leaves, treedef = _frozen_leaves(frozen, trainable)
+    leaves = plain_leaves(leaves, base)
     merged = (merge_leaf(path, w, trainable.get(path), dtype) for path, w in leaves.items())
     return treedef.unflatten(merged)
+
+
+def plain_leaves(leaves: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    """Replaces quantised weights by those of ``base``; without it they stay, to be dequantised.
+
+    Args:
+        leaves: Path -> weight.
+        base: A tree that has them in full precision, or None.
+
+    Raises:
+        ValueError: ``base`` lacks one of them, or has it quantised or of another shape.
+
+    Warns:
+        DequantizedMergeWarning: Weights are quantised and there is no ``base``.
+    """
+    quantized = [path for path, leaf in leaves.items() if is_quantized(leaf)]
+    if not quantized:
+        return dict(leaves)
+    if base is None:
+        warnings.warn(
+            f"{len(quantized)} weights are quantised, {quantized[0]!r} first: merging into their "
+            "dequantised values. Pass the original weights as `base` to merge into those.",
+            DequantizedMergeWarning,
+            stacklevel=3,
+        )
+        return dict(leaves)
+    found, _ = flatten(base)
+    for path in quantized:
+        weight = found.get(path)
+        if weight is None or is_quantized(weight) or weight.shape != leaves[path].shape:
+            problem = "has no such weight" if weight is None else "has it " + _described(weight)
+            raise ValueError(
+                f"{path!r} is quantised, of shape {leaves[path].shape}, and `base` {problem}. "
+                "Pass the parameters that were quantised."
+            )
+    return {path: found[path] if path in quantized else leaf for path, leaf in leaves.items()}
+
+
+def _described(weight: Any) -> str:
+    return "quantised too" if is_quantized(weight) else f"of shape {tuple(weight.shape)}"
 
 
 def merge_leaf(path: str, w: Any, trained: Any, dtype: Any = None) -> Any:
@@ -58,6 +112,8 @@ def merge_leaf(path: str, w: Any, trained: Any, dtype: Any = None) -> Any:
     """
     if isinstance(trained, Factors):
         merged = merge_weight(w, trained, dtype=dtype)
+    elif is_quantized(w):
+        merged = w.astype(w.dtype if dtype is None else dtype).dequantize()
     else:
         merged = _cast(w if trained is None else trained, dtype)
     if merged is not w:
@@ -89,19 +145,22 @@ def unmerge(params: Tree, trainable: Mapping[str, Any]) -> Tree:
     return treedef.unflatten(leaves.values())
 
 
-def merge_weight(w: jax.Array, factors: Factors, sign: int = 1, dtype: Any = None) -> jax.Array:
+def merge_weight(w: Any, factors: Factors, sign: int = 1, dtype: Any = None) -> jax.Array:
     """``w + sign * scale * a @ b``, rounded once.
 
     Computed in float32, or in float64 where the weight or its factors have it. The result has
-    ``dtype``, or that of ``w`` if None.
+    ``dtype``, or that of ``w`` if None. Codes are dequantised to the wide dtype first.
     """
     dtypes = (w.dtype, factors.a.dtype, factors.b.dtype)
     wide = jnp.float64 if jnp.float64 in dtypes else jnp.float32
     update = sign * delta(jax.tree.map(lambda factor: factor.astype(wide), factors.whole()))
     dtype = w.dtype if dtype is None else dtype
-    merged = (w.astype(wide) + update).astype(dtype)
-    lost_sign = (merged == 0) & (update == 0) & jnp.signbit(w)  # -0.0 + 0.0 is 0.0
-    return jnp.where(lost_sign, w.astype(dtype), merged)
+    base = w.astype(wide)
+    if is_quantized(base):
+        base = base.dequantize()
+    merged = (base + update).astype(dtype)
+    lost_sign = (merged == 0) & (update == 0) & jnp.signbit(base)  # -0.0 + 0.0 is 0.0
+    return jnp.where(lost_sign, base.astype(dtype), merged)
 
 
 def check_float(dtype: Any) -> None:

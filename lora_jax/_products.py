@@ -12,10 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
 from ._tracked import Step
+
+LOW_RANK = "low_rank"
+"""What ``x @ a`` is named for policies of `jax.checkpoint`."""
 
 
 def _dot_general(weight: Factored, step: Step) -> list[Any] | None:
@@ -70,11 +74,10 @@ def _low_rank(
     t_axes = [axis for axis in dict.fromkeys((*x_axes, *first_axes)) if axis in wanted]
     dtype = weight.w.dtype
     t = contract(x, x_axes, first.astype(dtype), first_axes, t_axes, precision=precision)
+    t = checkpoint_name(t.astype(dtype), LOW_RANK)  # small, and the gradient of `second` reads it
     second = (weight.scale * second).astype(dtype)
     made = [axis for axis in out_axes if axis in t_axes or axis in second_axes]
-    update = contract(
-        t.astype(dtype), t_axes, second, second_axes, made, precision=precision, dtype=base.dtype
-    )
+    update = contract(t, t_axes, second, second_axes, made, precision=precision, dtype=base.dtype)
     places = [place for place, axis in enumerate(out_axes) if axis in made]
     return update if made == out_axes else lax.broadcast_in_dim(update, base.shape, places)
 

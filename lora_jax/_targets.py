@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ._config import ALL_LINEAR, Layout, LoraConfig, Parts, parse_layout
 from ._paths import IMPLIED_NAMES, nearest
+from ._quantized import is_quantized
 
 _NOT_MATRICES = ("bias", "scale", "mean", "var")
 _EMBEDDINGS = re.compile(r"embed|^wte$|^wpe$")
@@ -53,16 +54,7 @@ def select(
         ValueError: A pattern matches nothing, or a weight cannot be adapted as asked.
     """
     layouts = layouts or {}
-    adapted = _matched(weights, (t for t in config.targets if t != ALL_LINEAR), "Target")
-    if ALL_LINEAR in config.targets:
-        adapted |= _all_linear(weights, layouts)
-    excluded = _matched(weights, config.exclude, "`exclude` pattern")
-    if adapted and not adapted - excluded:
-        raise ValueError(
-            f"`exclude` {config.exclude} leaves none of the {len(adapted)} weights that the "
-            f"targets {config.targets} match. Make one of them narrower."
-        )
-    adapted -= excluded
+    adapted = choose(weights, config.targets, config.exclude, layouts)
     trained = _matched(weights, config.train, "`train` pattern")
     if both := sorted(adapted & trained):
         raise ValueError(
@@ -77,6 +69,29 @@ def select(
         _check_trainable(path, weights[path])
     targets = {path: _target(path, weights[path], config, layouts) for path in paths}
     return Selection(targets, tuple(path for path in weights if path in trained))
+
+
+def choose(
+    weights: Mapping[str, Any],
+    targets: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layouts: Mapping[str, Layout],
+) -> set[str]:
+    """The paths that ``targets`` match and ``exclude`` does not.
+
+    Raises:
+        ValueError: A pattern matches nothing, or ``exclude`` leaves nothing.
+    """
+    chosen = _matched(weights, (t for t in targets if t != ALL_LINEAR), "Target")
+    if ALL_LINEAR in targets:
+        chosen |= _all_linear(weights, layouts)
+    excluded = _matched(weights, exclude, "`exclude` pattern")
+    if chosen and not chosen - excluded:
+        raise ValueError(
+            f"`exclude` {exclude} leaves none of the {len(chosen)} weights that the "
+            f"targets {targets} match. Make one of them narrower."
+        )
+    return chosen - excluded
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -135,7 +150,7 @@ def _no_match(what: str, pattern: str, paths: list[str], among: str) -> str:
 
 def _target(path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, Layout]) -> Target:
     _check_adaptable(path, weight)
-    layout = _layout(path, weight, config, layouts)
+    layout = layout_of(path, weight, config.layouts, layouts)
     rank = _first_match(config.rank_pattern, path, config.rank)
     alpha = _first_match(config.alpha_pattern, path, config.alpha)
     parts = _first_match(config.parts, path, None)
@@ -165,23 +180,32 @@ def _check_parts(path: str, layout: Layout, size: int, parts: Parts) -> None:
         )
 
 
-def _layout(path: str, weight: Any, config: LoraConfig, layouts: Mapping[str, Layout]) -> Layout:
-    given = _first_match(config.layouts, path, layouts.get(path))
+def layout_of(
+    path: str, weight: Any, patterns: Mapping[str, Any], measured: Mapping[str, Any]
+) -> Layout:
+    """The layout of one weight: that of the first pattern to match it, else the measured one.
+
+    Raises:
+        ValueError: There is none for a weight of three axes or more, or it does not fit.
+    """
+    given = _first_match(patterns, path, measured.get(path))
     if given is None and len(weight.shape) == 2:
         return ("in", "out")
     if given is None:
         raise ValueError(
             f"{path!r} of shape {tuple(weight.shape)} has {len(weight.shape)} axes, and which are "
             "in, out or stacked cannot be told from that. Pass "
-            "`layouts=lora_jax.layouts(apply_fn, params, *inputs)`, or name the axes in the "
-            f"config: `layouts={{{path!r}: 'stack in out'}}`."
+            "`layouts=lora_jax.layouts(apply_fn, params, *inputs)`, or name the axes yourself: "
+            f"`layouts={{{path!r}: 'stack in out'}}`."
         )
-    if not {"in", "out"} <= set(given):
+    words = given.split() if isinstance(given, str) else given
+    if not {"in", "out"} <= set(words):
         raise ValueError(
-            f"{path!r} cannot be adapted: the model never multiplies its input by it "
-            f"(its axes are {' '.join(given)}). Take it out of `targets`, or train it in full."
+            f"{path!r} cannot be chosen: the model never multiplies its input by it "
+            f"(its axes are {' '.join(words)}). Take it out of `targets`; a `LoraConfig` can train "
+            "it in full."
         )
-    layout = parse_layout(given)
+    layout = parse_layout(words)
     if len(layout) != len(weight.shape):
         raise ValueError(
             f"{path!r} of shape {tuple(weight.shape)} has {len(weight.shape)} axes, but its "
@@ -208,6 +232,11 @@ def _check_trainable(path: str, weight: Any) -> None:
         raise ValueError(
             f"{path!r} holds {weight.dtype} and cannot be trained: only floating-point weights "
             "have gradients. Make the `train` pattern narrower."
+        )
+    if is_quantized(weight):
+        raise ValueError(
+            f"{path!r} is quantised and cannot be trained in full: codes have no gradients. Adapt "
+            "it as a target, or leave it out when you quantise."
         )
 
 

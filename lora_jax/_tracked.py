@@ -13,6 +13,7 @@ from jax import lax
 
 from ._axes import Move, moves
 from ._compat import bind
+from ._quantized import QuantizedWeight
 
 
 class Step(NamedTuple):
@@ -34,9 +35,17 @@ class Step(NamedTuple):
     unbroadcast: Callable[[int], jax.Array | None]
 
     def bind(self, value: Any) -> list[Any]:
-        """Binds the equation with ``value`` in the tracked weight's place."""
+        """Binds the equation with ``value`` in the tracked weight's place.
+
+        A weight that is itself held by another one goes by its own rules.
+        """
         operands = list(self.operands)
         operands[self.position] = value
+        if isinstance(value, Tracked):
+            outputs = value.apply(self._replace(operands=operands))
+            if outputs is not None:
+                return outputs
+            operands[self.position] = value.materialize()
         return bind(self.eqn, operands)
 
 
@@ -45,7 +54,7 @@ class Tracked:
     """Base of the weights that travel: ``labels[i]`` says what axis ``i`` of ``w`` is.
 
     Attributes:
-        w: The weight itself.
+        w: The weight itself: an array, or another weight that travels.
         labels: One hashable for each axis of ``w``.
         path: The weight's path, for messages.
         spread: For each part, the mesh axes over which it is sharded inside a `shard_map`.
@@ -100,13 +109,14 @@ class Tracked:
             for part, own in zip(self.parts, owned, strict=True)
         ]
         sliced = [part for part, own in zip(self.parts, owned, strict=True) if own]
+        inner, restore_w = unstack(self.w)
 
         def restore(slices: Sequence[Any]) -> Self:
-            rest = iter(slices[1:])
+            w, rest = restore_w(slices[: len(inner)]), iter(slices[len(inner) :])
             parts = [next(rest) if own else part for part, own in zip(fixed, owned, strict=True)]
-            return self.rebuild(slices[0], parts, self.labels[1:])
+            return self.rebuild(w, parts, self.labels[1:])
 
-        return [self.w, *sliced], restore
+        return [*inner, *sliced], restore
 
     def _rearrange(self, step: Step, moved: list[Move]) -> list[Any] | None:
         labels = [
@@ -133,3 +143,22 @@ class Tracked:
     def _along(self, part: int, move: Move) -> Any:
         array = self.parts[part]
         return None if array is None else move.apply(array, self.owned(part))
+
+
+def unstack(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """`Tracked.unstack` of what travels; a plain array is sliced as it is."""
+    return value.unstack() if isinstance(value, Tracked) else ([value], lambda slices: slices[0])
+
+
+def holds_codes(value: Any) -> bool:
+    """Whether it is a weight without an array that could be cut along the weight's own axes."""
+    return isinstance(value, Tracked) and isinstance(value.w, Tracked | QuantizedWeight)
+
+
+def opened_codes(value: Any) -> Any:
+    """The same weight around an array: codes are dequantised."""
+    if not holds_codes(value):
+        return value
+    if isinstance(value.w, Tracked):
+        return value.rebuild(value.w.materialize(), value.parts, value.labels)
+    return value.materialize()

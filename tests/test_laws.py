@@ -13,11 +13,29 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lora_jax
+from lora_jax._paths import flatten
+from lora_jax.ops.quantized import quantize_weight
 from lora_jax.testing import assert_trees_close, assert_trees_equal
 from tests.cases import CASES, mesh_of
 
 # A lookup multiplies by nothing, so its gradient is cheap on either road.
 WITHOUT_PRODUCT = ("linen_embed",)
+
+# One row for each way in which a weight travels before something reads it.
+QUANTIZED = (
+    "linen_dense_general",
+    "linen_scan_remat",
+    "ragged_dot",
+    "tied_lookup_and_head",
+    "transposed",
+    "split_into_three",
+    "fused_in_part_and_scanned",
+    "indexed",
+    "indexed_by_value",
+    "stacked_in_the_middle",
+    "weight_in_the_carry",
+    "shard_map_tensor_parallel",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,19 +79,19 @@ class Lifted:
 
     @functools.cached_property
     def through_adapt(self):
-        return self._compiled(self.adapted)
+        return self.compile(self.adapted, self.frozen)
 
     @functools.cached_property
     def through_merge(self):
-        return self._compiled(self.merged)
+        return self.compile(self.merged, self.frozen)
 
-    def _compiled(self, forward):
+    def compile(self, forward, frozen):
         def loss(trainable, frozen):
             outputs = forward(trainable, frozen)
             return sum(map(_uneven_sum, jax.tree.leaves(outputs))), outputs
 
         gradient = jax.jit(jax.grad(loss, has_aux=True))
-        return gradient.lower(self.trainable, self.frozen).compile()
+        return gradient.lower(self.trainable, frozen).compile()
 
 
 def _float64_tree(tree):
@@ -149,6 +167,28 @@ def test_eight_devices_equal_one(lifted):
     halves = jax.tree.map(shard, (lifted.trainable, lifted.frozen))
     _, expected = lifted.through_adapt(lifted.trainable, lifted.frozen)
     assert_trees_close(jax.jit(lifted.adapted)(*halves), expected, relative=lifted.rounding)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantised_base_is_its_dequantised_values(name):
+    lifted = _lifted(name)
+    layouts = {
+        path: factors.layout
+        for path, factors in lifted.trainable.items()
+        if isinstance(factors, lora_jax.Factors)
+    }
+    codes = _quantized(lifted.frozen, layouts)
+    expected = lifted.through_adapt(lifted.trainable, lora_jax.dequantize(codes))
+    gradients, outputs = lifted.compile(lifted.adapted, codes)(lifted.trainable, codes)
+    assert_trees_close(outputs, expected[1], relative=lifted.rounding)
+    assert_trees_close(gradients, expected[0], relative=100 * lifted.rounding)
+
+
+def _quantized(frozen, layouts):
+    leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
+    for path, layout in layouts.items():
+        leaves[path] = quantize_weight(leaves[path], layout, "nf4")
+    return treedef.unflatten(leaves.values())
 
 
 def test_gradient_flops_are_at_most_0_72_of_those_through_merging(lifted):

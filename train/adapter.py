@@ -4,7 +4,9 @@ A run without adapters (a head alone, full fine-tuning) leaves `weights.safetens
 its trained weights under our own paths.
 """
 
+import math
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax
 from lora_jax import models
@@ -141,16 +144,20 @@ def check(
     sets: Sets,
     size: int,
 ) -> Check:
-    """Compares the base, the adapted and the merged model on a few examples."""
+    """Compares the base, the adapted and the merged model on a few examples.
+
+    Of a quantised base only one weight is merged: see `merge_smallest`.
+    """
     task, evaluation = task_of(config), sets.evaluation
     rows = np.arange(min(EXAMPLES, len(evaluation.sizes)))
     batch = collate(evaluation, rows, evaluation.lengths)
     plain = jax.jit(lambda params: task.apply(model.apply, params, batch))
-    adapted = jax.jit(lambda params: task.apply(adapt(model), params, batch))
+    adapted = jax.jit(lambda params: task.apply(adapt(model).apply, params, batch))
     with jax.default_matmul_precision("highest"):  # a GPU would round float32 to 10 bits
         base = plain(model.params)
         logits = adapted(lora_jax.combine(frozen, trainable))
-        merged = plain(lora_jax.merge(frozen, trainable))
+        merge = lora_jax.merge if model.quantize is None else merge_smallest
+        merged = plain(merge(frozen, trainable))
     done = Check(
         size,
         float(jnp.abs(logits - base).max()),
@@ -167,17 +174,39 @@ def check(
     return done
 
 
+def merge_smallest(frozen: Any, trainable: Any) -> Any:
+    """Combines the halves, the smallest adapted weight merged and the others as they trained.
+
+    Of a quantised base the whole, merged, may be more than the device holds.
+    """
+    leaves: dict[str, Any] = dict(flatten_dict(frozen, sep="/"))
+    adapted = [path for path, weight in trainable.items() if isinstance(weight, lora_jax.Factors)]
+    chosen = sorted(adapted, key=lambda path: leaves[path].size)[:1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora_jax.DequantizedMergeWarning)  # as it trained
+        merged = lora_jax.merge(
+            {path: leaves[path] for path in chosen}, {path: trainable[path] for path in chosen}
+        )
+    rest = {path: weight for path, weight in trainable.items() if path not in chosen}
+    return lora_jax.combine(unflatten_dict(leaves | merged, sep="/"), rest)
+
+
 def tolerance(model: models.Pretrained, trainable: Any, logits: jax.Array) -> float:
     """How far rounding alone may move logits when adapters are merged.
 
     Merging rounds every weight once, to the weight's precision, and sums in another order, in
     the arithmetic's precision. Independent roundings of the terms of a sum of n move it by about
     one unit of precision, relatively; sums in another order by about sqrt(n). A unit for each
-    adapted weight, since their errors add up, times the largest logit.
+    adapted weight, of a stack for each of its layers, since their errors add up, times the
+    largest logit.
     """
     adapted = [leaf.whole() for leaf in trainable.values() if isinstance(leaf, lora_jax.Factors)]
-    widest = max((leaf.a.size // leaf.rank for leaf in adapted), default=1)
-    weights = float(jnp.finfo(jax.tree.leaves(model.params)[0].dtype).eps)
+    stacks = [math.prod(leaf.a.shape[: leaf.layout.count("stack")]) for leaf in adapted]
+    widths = (
+        leaf.a.size // leaf.rank // stack for leaf, stack in zip(adapted, stacks, strict=True)
+    )
+    widest = max(widths, default=1)
+    weights = float(jnp.finfo(model.module.param_dtype).eps)
     arithmetic = float(jnp.finfo(model.module.dtype).eps)
     largest = max(1.0, float(jnp.abs(logits).max()))
-    return max(1, len(adapted)) * (weights + arithmetic * widest**0.5) * largest
+    return max(1, sum(stacks)) * (weights + arithmetic * widest**0.5) * largest

@@ -43,15 +43,20 @@ class ModelSection(Section):
     """How many classes; read from the data where it is left out."""
     dtype: Dtype = "float32"
     """The dtype in which the frozen weights are kept."""
+    quantize: Literal["nf4", "int8", "fp8"] | None = None
+    """Keep the matrices of the layers in 4.1 bits (`nf4`) or 8 (`int8`, `fp8`) a weight instead."""
     compute_dtype: Dtype | None = None
     """The dtype of the arithmetic; that of the weights where it is left out."""
     new_head: bool = False
     """Draw a new head even where the checkpoint has one."""
     scan_layers: bool = False
     """Whether to compile one layer and scan it: compiles sooner, runs a little slower."""
+    layers_per_step: Count = 1
+    """How many layers a step of that scan goes through: more run faster and compile longer."""
     remat: str = "none"
-    """What each layer computes again in the backward pass, to save memory: `none`, `dots` (all
-    but products of matrices), `full`, or a policy of `jax.checkpoint_policies`."""
+    """What each layer computes again in the backward pass, to save memory: `none`; `named` (what
+    takes no product); `dots` (all but products of matrices); `attention` (all but the results of
+    attention); `full`; or a policy of `jax.checkpoint_policies`."""
 
 
 class LoraSection(Section):

@@ -21,6 +21,7 @@ from .console import Console, size
 from .model import load_model, make_train_step, run_keys, split_model, summarise
 from .optimizer import make_optimizer
 from .plan import check_vocabulary, make_plan
+from .report import weight_bytes
 from .tasks import Sets, shapes_of, task_of
 
 
@@ -44,6 +45,7 @@ def dry_run(config: Config, console: Console) -> dict[str, Any]:
 
     console.say(to_yaml(config, Path.cwd()))
     console.say(f"{summary}\n")
+    console.say(f"the model's weights take {size(weight_bytes(model.params))}\n")
     shown = task.example(sets, config)
     console.table("The first training example", shown)
     sizes = sets.train.sizes
@@ -76,6 +78,7 @@ def dry_run(config: Config, console: Console) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "trained_parameters": summary.trained,
         "total_parameters": summary.total,
+        "weight_bytes": weight_bytes(model.params),
         "steps": plan.steps,
         "tokens": tokens,
         "example": shown,

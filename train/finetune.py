@@ -281,20 +281,19 @@ def finish(
     check = adapter.export(
         directory / run_directory.ADAPTER, run.model, state.trainable, run.config, sets, metrics
     )
-    rows = run_directory.read_rows(directory)
+    rows, summary = run_directory.read_rows(directory), summarise(run.model, run.config)
     result = {
         "status": "finished",
         "classes": sets.names,
         task.HEADLINE: metrics[task.HEADLINE],
         "metrics": metrics,
-        **report.figures(run.model, state, rows),
+        **report.figures(run.model, state, rows, summary),
         "checkpoint_bytes": check.bytes,
         "self_check": check._asdict(),
         "compile_seconds": run.console.compile_seconds,
         "seconds": time.perf_counter() - started,
     }
     run_directory.write_json(directory / run_directory.RESULT, result)
-    summary = summarise(run.model, run.config)
     report.write(directory, run.config, result, rows, summary, sets, before, after)
     run.console.table(f"Finished: {directory}", report.headline(result))
     return result

@@ -6,6 +6,8 @@ as the code of the paper has it for GPT-2 (microsoft/LoRA, examples/NLG). Szeged
 arXiv 1512.00567, section 7, with the uniform distribution.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,20 +16,39 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0)
     """The loss of each prediction, in nats.
 
     Args:
-        logits: ``(..., classes)``; computed in float32.
+        logits: ``(..., classes)``; computed in float32, or in float64 if they are.
         targets: ``(...)`` integers.
         smoothing: ``e``, in ``[0, 1)``.
 
     Returns:
-        ``(...)`` float32.
+        ``(...)``, of the dtype of the computation.
     """
-    logits = logits.astype(jnp.float32)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    normaliser = log_normaliser(logits)
+    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    # A sum that picks one term needs no scatter of the logits' size in the backward pass.
+    chosen = jnp.where(classes == targets[..., None], logits, 0).sum(axis=-1)
     if not smoothing:
         return normaliser - chosen
     # -log p is normaliser - logit, for the target as for the mean over classes.
     return normaliser - (1 - smoothing) * chosen - smoothing * logits.mean(axis=-1)
+
+
+@jax.custom_jvp
+def log_normaliser(logits: jax.Array) -> jax.Array:
+    """``log(sum(exp(logits)))`` over the last axis.
+
+    Its derivative, ``exp(logits - result)``, is computed from the logits, which are there anyway;
+    the derivative of its parts would keep the exponentials as well, another array of that size.
+    """
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+@log_normaliser.defjvp
+def _log_normaliser_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    (logits,), (tangent,) = primals, tangents
+    value = log_normaliser(logits)
+    return value, (jnp.exp(logits - value[..., None]) * tangent).sum(axis=-1)
 
 
 def next_tokens(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """The model with its adapters: loaded, split, and made into a train step and an eval step."""
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import lora_jax
 from lora_jax import models, training
 
 from .config import Config, lora_config
-from .tasks import Task
+from .tasks import Model, Task
 
 Key = jax.Array
+CHUNK = 4096  # tokens of a device: enough to fill one, and 2 GB of logits of 128k words
 
 
 class Keys(NamedTuple):
@@ -52,10 +54,12 @@ def load_model(
             dtype=jnp.dtype(section.dtype),
             compute_dtype=section.compute_dtype and jnp.dtype(section.compute_dtype),
             scan_layers=section.scan_layers,
+            layers_per_step=section.layers_per_step,
             remat=section.remat,
             new_head=section.new_head or None,
             key=run_keys(config.training.seed).head,
             abstract=abstract,
+            quantize=section.quantize,
         )
     if model.config.max_length < config.data.max_length:
         raise ValueError(
@@ -68,7 +72,7 @@ def load_model(
 def split_model(model: models.Pretrained, config: Config) -> tuple[Any, Any]:
     """The model's weights as ``(frozen, trainable)``; shapes if the model's are shapes."""
     key = run_keys(config.training.seed).adapters
-    adapters, layouts = lora_config(config), weight_layouts(model)
+    adapters, layouts = lora_config(config), model.layouts
     if isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
         return jax.eval_shape(
             lambda params: lora_jax.split(params, adapters, key, layouts=layouts), model.params
@@ -76,15 +80,9 @@ def split_model(model: models.Pretrained, config: Config) -> tuple[Any, Any]:
     return lora_jax.split(model.params, adapters, key, layouts=layouts)
 
 
-def weight_layouts(model: models.Pretrained) -> Any:
-    """Which axes of each weight are in, out and stacked, read from the model itself."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return lora_jax.layouts(model.apply, model.params, tokens, tokens)
-
-
 def summarise(model: models.Pretrained, config: Config) -> Any:
     """The table of weights that train."""
-    return lora_jax.summary(model.params, lora_config(config), layouts=weight_layouts(model))
+    return lora_jax.summary(model.params, lora_config(config), layouts=model.layouts)
 
 
 def make_train_step(
@@ -95,30 +93,30 @@ def make_train_step(
     smoothing: float,
 ) -> Any:
     """The jitted train step: `(state, frozen, batch) -> (state, metrics)`."""
-    adapted = adapt(model)
+    adapted = adapt(model, mesh.size)
 
     def loss_fn(trainable: Any, frozen: Any, batch: Any, keys: training.StepKeys) -> jax.Array:
         params = lora_jax.combine(frozen, trainable, dropout_key=keys.lora)
-        logits = task.apply(adapted, params, batch, dropout_key=keys.model)
-        return task.loss(logits, batch, smoothing)
+        return task.loss(adapted, params, batch, smoothing, keys.model)
 
     return training.make_train_step(loss_fn, tx, mesh)
 
 
 def make_eval_step(task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh) -> Any:
-    """The jitted eval step: `(trainable, frozen, batch) -> what the task keeps of the logits`."""
-    adapted = adapt(model)
+    """The jitted eval step: `(trainable, frozen, batch) -> what the task keeps of each row`."""
+    adapted = adapt(model, mesh.size)
 
     def outputs_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        logits = task.apply(adapted, lora_jax.combine(frozen, trainable), batch)
-        return task.outputs(logits, batch)
+        return task.outputs(adapted, lora_jax.combine(frozen, trainable), batch)
 
     return training.make_eval_step(outputs_fn, mesh)
 
 
-def adapt(model: models.Pretrained) -> Any:
-    """The model's own `apply`, lifted to adapted weights.
+def adapt(model: models.Pretrained, devices: int = 1) -> Model:
+    """The model's own functions, lifted to adapted weights.
 
-    It would raise rather than form `w + a @ b` anywhere.
+    They would raise rather than form `w + a @ b` anywhere.
     """
-    return lora_jax.adapt(model.apply, on_materialize="error")
+    lift = functools.partial(lora_jax.adapt, on_materialize="error")
+    apply, hidden, logits = (lift(fn) for fn in (model.apply, model.hidden, model.logits))
+    return Model(apply, hidden, logits, model.head, CHUNK * devices)

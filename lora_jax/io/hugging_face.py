@@ -171,9 +171,14 @@ def published_shape(entry: Published, shape: tuple[int, ...]) -> tuple[int, ...]
 
 def read_weight(entry: Published, tensors: tuple[Tensor, ...], dtype: Any) -> jax.Array:
     """Reads a weight: transposed, stacked over layers and rounded to ``dtype``."""
-    parts = [tensor.read() for tensor in tensors]
-    parts = [(part.T if entry.transposed else part).astype(dtype) for part in parts]
+    parts = [read_tensor(entry, tensor, dtype) for tensor in tensors]
     return jnp.asarray(np.stack(parts) if entry.stacked else parts[0])
+
+
+def read_tensor(entry: Published, tensor: Tensor, dtype: Any) -> np.ndarray:
+    """Reads one published tensor of a weight, on the host: transposed and rounded to ``dtype``."""
+    values = tensor.read()
+    return (values.T if entry.transposed else values).astype(dtype)
 
 
 def published_tensors(entry: Published, weight: Any) -> dict[str, np.ndarray]:

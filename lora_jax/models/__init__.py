@@ -13,11 +13,8 @@ from ._flax_params import (
     from_flax_params as from_flax_params,
     to_flax_params as to_flax_params,
 )
-from ._pretrained import (
-    NewHeadWarning as NewHeadWarning,
-    Pretrained as Pretrained,
-    from_pretrained as from_pretrained,
-)
+from ._matching import NewHeadWarning as NewHeadWarning
+from ._pretrained import Pretrained as Pretrained, from_pretrained as from_pretrained
 from ._save import save_merged as save_merged, save_pretrained as save_pretrained
 from .bert import Bert as Bert, BertConfig as BertConfig
 from .gpt2 import Gpt2 as Gpt2, Gpt2Config as Gpt2Config

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lora_jax.models._cache import Cache, reserve
@@ -168,7 +169,7 @@ def attend(
         None if mask is None else (query.shape[1], key.shape[1]),
     )
     implementation: Literal["cudnn", "xla"] = "cudnn" if fits else "xla"
-    return jax.nn.dot_product_attention(
+    mixed = jax.nn.dot_product_attention(
         query,
         key,
         value,
@@ -177,6 +178,7 @@ def attend(
         scale=scale,
         implementation=implementation,
     )
+    return mixed if fits else checkpoint_name(mixed, "attention")  # see `_remat`
 
 
 def default_device() -> Any:

@@ -42,6 +42,7 @@ class Family(Protocol):
         param_dtype: Any,
         scan_layers: bool,
         remat: bool | str,
+        layers_per_step: int = 1,
     ) -> nn.Module:
         """The Linen module: ``apply({"params": params}, input_ids, attention_mask, ...)``."""
         ...

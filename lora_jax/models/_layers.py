@@ -8,8 +8,8 @@
 
     Mlp(**shared(self), name="mlp")
 
-Layers are modules ``layer(carry, *inputs) -> (carry, None)``, of which `Unrolled` makes
-``layers/0``, ``layers/1``, ... and `scanned` one stack ``layers`` with a leading axis.
+Layers are modules ``layer(carry, *inputs) -> (carry, None)``, of which `layers_of` makes
+``layers/0``, ``layers/1``, ... or one stack ``layers`` with a leading axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.models._remat import remat_layer
 
@@ -68,14 +69,18 @@ def dense(block: Block, features: int, name: str, **options: Any) -> nn.Dense:
 
 def layer_norm(block: Block, x: jax.Array, name: str, *, epsilon: float) -> jax.Array:
     """Norms the last axis in float32, rounded once, to the block's dtype."""
-    norm = nn.LayerNorm(
+    return float32_norm(block, name, epsilon=epsilon)(x).astype(block.dtype)
+
+
+def float32_norm(block: Block, name: str, *, epsilon: float) -> nn.LayerNorm:
+    """A layer norm of the last axis, whose result is float32."""
+    return nn.LayerNorm(
         epsilon=epsilon,
         dtype=jnp.float32,
         param_dtype=block.param_dtype,
         use_fast_variance=False,
         name=name,
     )
-    return norm(x).astype(block.dtype)
 
 
 def dropout(block: Block, x: jax.Array, rate: float) -> jax.Array:
@@ -135,14 +140,44 @@ class Embedding(nn.Module):
         """``ids (...)`` to ``(..., features)``; an id outside the table gives NaN."""
         return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """``x (..., features)`` to ``(..., rows)``: ``x @ table.T``."""
-        return x.astype(self.dtype) @ self.embedding.astype(self.dtype).T
+    def attend(self, x: jax.Array, sums: Any = None) -> jax.Array:
+        """``x (..., features)`` to ``(..., rows)``: ``x @ table.T``, summed as `Head` does."""
+        return _product(x, self.embedding, 1, self.dtype, sums)
 
 
 def embedding(block: Block, rows: int, features: int, name: str) -> Embedding:
     """A table ``(rows, features)``."""
     return Embedding(rows, features, block.dtype, block.param_dtype, _normal(block), name=name)
+
+
+class Head(nn.Module):
+    """A matrix ``(features, rows)`` to multiply by, whose sums are of a dtype of the caller's."""
+
+    rows: int
+    features: int
+    dtype: Any
+    param_dtype: Any
+    initializer: jax.nn.initializers.Initializer
+
+    def setup(self):
+        """Makes the matrix."""
+        shape = (self.features, self.rows)
+        self.kernel = self.param("kernel", self.initializer, shape, self.param_dtype)
+
+    def __call__(self, x: jax.Array, sums: Any = None) -> jax.Array:
+        """``x (..., features)`` to ``(..., rows)``, of dtype ``sums``; None is that of ``x``."""
+        return _product(x, self.kernel, 0, self.dtype, sums)
+
+
+def head(block: Block, rows: int, features: int, name: str) -> Head:
+    """A matrix ``(features, rows)``."""
+    return Head(rows, features, block.dtype, block.param_dtype, _normal(block), name=name)
+
+
+def _product(x: jax.Array, matrix: jax.Array, axis: int, dtype: Any, sums: Any) -> jax.Array:
+    """Sums ``x`` times ``matrix`` over the last axis of one and ``axis`` of the other."""
+    axes = (((x.ndim - 1,), (axis,)), ((), ()))
+    return lax.dot_general(x.astype(dtype), matrix.astype(dtype), axes, preferred_element_type=sums)
 
 
 class Unrolled(Block, kw_only=True):
@@ -165,22 +200,35 @@ class Unrolled(Block, kw_only=True):
         return carry
 
 
-def scanned(block: Block, layer: type[Block], remat: bool | str, *, in_axes: Any) -> nn.Module:
-    """The layers as one ``nn.scan``: ``scanned(...)(carry, *inputs) -> (carry, None)``.
+def layers_of(block: Any, layer: type[Block], *, in_axes: Any) -> Any:
+    """All layers, as the submodule ``layers`` of a block that says how they are stored and run.
 
     Args:
-        block: The layers become its submodule ``layers``.
+        block: Its ``scan_layers``, ``layers_per_step`` and ``remat`` are read.
         layer: The class of a layer.
-        remat: A policy of `lora_jax.models._remat`.
-        in_axes: Of each input: 0 where a layer has a slice of its own, ``nn.broadcast`` where
-            all have the same.
+        in_axes: Of each input, for a scan: 0 where a layer has a slice of its own,
+            ``nn.broadcast`` where all have the same.
+
+    Returns:
+        `Unrolled`, or with ``scan_layers`` one ``nn.scan``: ``(carry, *inputs) -> (carry, None)``.
+
+    Raises:
+        ValueError: ``layers_per_step`` is below 1, or above 1 without a scan.
     """
+    step = block.layers_per_step
+    if step < 1 or (step > 1 and not block.scan_layers):
+        raise ValueError(
+            f"`layers_per_step` must be at least 1, and 1 without `scan_layers`; got {step}."
+        )
+    if not block.scan_layers:
+        return Unrolled(**shared(block), layer=layer, remat=block.remat, name="layers")
     scan = nn.scan(
-        remat_layer(layer, remat, scanned=True),
+        remat_layer(layer, block.remat, scanned=True),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=block.config.num_hidden_layers,
+        unroll=step,
     )
     return scan(**shared(block), name="layers")
 

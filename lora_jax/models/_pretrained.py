@@ -6,11 +6,8 @@ logits = model.apply(model.params, input_ids, attention_mask)
 
 import dataclasses
 import os
-import warnings
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -19,20 +16,13 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
 
-from lora_jax._paths import flatten
-from lora_jax.io import gguf, hub, hugging_face
-from lora_jax.io._tensor import Tensor
+from lora_jax._config import Layout
+from lora_jax._interpret import adapt
+from lora_jax.io import hub
 from lora_jax.io.names import NameTable
 from lora_jax.models._families import Family, check_task, family_of
-
-
-class NewHeadWarning(UserWarning):
-    """The checkpoint has no head for the task, so an untrained one was drawn.
-
-    It is a warning and not a log line because a log line is invisible by default and the
-    logits are noise until the head is trained. Whoever expects it says so with
-    ``new_head=True`` and is not warned.
-    """
+from lora_jax.models._matching import announce, format_of, is_of_other_task, match
+from lora_jax.models._weights import fresh_weight, make_plan, weight_layouts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +41,7 @@ class Pretrained:
         config_json: ``config.json`` as read.
         hub_id: The hub id that it was loaded by, None if it was not on the hub.
         revision: The branch, tag or commit of ``hub_id`` that was asked for, None if none was.
+        quantize: The scheme that its matrices are held in, None if all weights are plain.
     """
 
     params: Any
@@ -64,6 +55,12 @@ class Pretrained:
     config_json: Mapping[str, Any]
     hub_id: str | None = None
     revision: str | None = None
+    quantize: str | None = None
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """What each axis of every weight does, as `lora_jax.layouts` reads it from the module."""
+        return weight_layouts(self.module)
 
     def apply(
         self,
@@ -77,7 +74,8 @@ class Pretrained:
         """Runs the model: see ``__call__`` of its module, such as `lora_jax.models.Bert`.
 
         Args:
-            params: Weights of the structure of ``self.params``.
+            params: Weights of the structure of ``self.params``: plain, quantised, or as
+                `lora_jax.combine` makes them. Codes are dequantised where a layer reads them.
             input_ids: Integers ``(B, T)``.
             attention_mask: ``(B, T)``, zero or False where padded.
             *args: What else the family takes: ``token_type_ids (B, T)`` of an encoder.
@@ -87,14 +85,55 @@ class Pretrained:
         Returns:
             Logits; with a ``cache``, logits and the new cache.
         """
+        options = {"dropout_key": dropout_key, **kwargs}
+        return self._run("__call__", params, input_ids, attention_mask, *args, **options)
+
+    def hidden(self, params: Any, *inputs: ArrayLike | None, **options: Any) -> Any:
+        """What the head of a decoder sees: `apply`, of the same arguments, without the logits.
+
+        Returns:
+            ``(B, T, width)`` in the dtype of the arithmetic; with a ``cache``, that and the new
+            cache.
+
+        Raises:
+            ValueError: The model is no decoder.
+        """
+        if not hasattr(self.module, "hidden"):
+            raise ValueError(f"A model for {self.task} has no hidden states apart from its head.")
+        return self._run("hidden", params, *inputs, **options)
+
+    def logits(self, params: Any, hidden: jax.Array, dtype: Any = jnp.float32) -> Any:
+        """The head of a decoder: ``(B, T, width)``, of `hidden`, to ``(B, T, vocab)``.
+
+        Args:
+            params: Weights of the structure of ``self.params``, or those of `head` alone.
+            hidden: What `hidden` gave, or any of its tokens.
+            dtype: What the products are summed in, and given back in. Float32 makes for products
+                of float32 in the backward pass too, unless `lora_jax.ops.with_gradient_of` gives
+                it the gradient of a narrower dtype.
+        """
+        return adapt(self.module.apply)({"params": params}, hidden, dtype, method="logits")
+
+    def head(self, params: Any) -> Any:
+        """The weights that `logits` reads, plain, quantised or combined as they are."""
+        name: str = self.module.head  # type: ignore[attr-defined]
+        return {name: params[name]}
+
+    def _run(
+        self,
+        method: str,
+        params: Any,
+        input_ids: Any,
+        *args: Any,
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         module, rngs = self.module, None
         if dropout_key is not None:
             module = module.clone(deterministic=False)  # type: ignore[call-arg]
             rngs = {"dropout": dropout_key}
-        arrays = (None if x is None else jnp.asarray(x) for x in (attention_mask, *args))
-        return module.apply(
-            {"params": params}, jnp.asarray(input_ids), *arrays, rngs=rngs, **kwargs
-        )
+        arrays = (None if x is None else jnp.asarray(x) for x in (input_ids, *args))
+        return adapt(module.apply)({"params": params}, *arrays, rngs=rngs, method=method, **kwargs)
 
 
 def from_pretrained(
@@ -105,11 +144,13 @@ def from_pretrained(
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
     scan_layers: bool = False,
+    layers_per_step: int = 1,
     remat: bool | str = False,
     new_head: bool | None = None,
     key: jax.Array | None = None,
     abstract: bool = False,
     revision: str | None = None,
+    quantize: str | None = None,
 ) -> Pretrained:
     """Reads a checkpoint of one of the families in `lora_jax.models`.
 
@@ -128,25 +169,33 @@ def from_pretrained(
         compute_dtype: Of the arithmetic; None means ``dtype``. Softmax and layer norms are
             computed in float32, and logits are float32, in any case.
         scan_layers: Stack the layers' weights along axis 0 and scan over them.
+        layers_per_step: Layers that a step of that scan goes through.
         remat: What each layer recomputes in the backward pass: False or ``"none"`` nothing, True
-            or ``"full"`` everything, ``"dots"`` all but products of matrices, or a policy of
-            ``jax.checkpoint_policies``.
+            or ``"full"`` everything, ``"dots"`` all but products of matrices, ``"named"`` all
+            that takes no product to compute again, ``"attention"`` all but the results of
+            attention, or a policy of ``jax.checkpoint_policies``.
         new_head: None draws a head where the checkpoint has none, with a `NewHeadWarning`.
             True asks for a new head, whatever the checkpoint has. False demands a trained one.
         key: Seeds a new head; ``jax.random.key(0)`` if None.
         abstract: Give ``jax.ShapeDtypeStruct`` weights; only headers are read, and a directory
             need not have weights at all.
         revision: Branch, tag or commit on the hub.
+        quantize: ``"nf4"``, ``"int8"`` or ``"fp8"``: hold the matrices of the layers as
+            `lora_jax.quantize` would, rounded to ``dtype`` first; heads, embeddings, norms and
+            what is drawn stay plain. One published tensor is quantised after another, so that
+            the device never holds more than the codes and plain weights so far, one tensor of
+            ``dtype``, and about twice its size in float32 to compute its codes with.
 
     Raises:
         ValueError: There is no such checkpoint; its config has a field that this model does
-            not honour; tensors are missing, left over or of another shape (all listed).
+            not honour; tensors are missing, left over or of another shape (all listed);
+            ``quantize`` is no scheme.
 
     Warns:
         NewHeadWarning: See ``new_head``.
     """
     directory = hub.find_checkpoint(source, revision=revision, weights=not abstract)
-    config_json = _format(directory).read_config_json(directory)
+    config_json = format_of(directory).read_config_json(directory)
     family = family_of(config_json)
     check_task(family, config_json["model_type"], task)
     config = family.read_config(config_json, num_labels)
@@ -157,28 +206,26 @@ def from_pretrained(
         dtype=dtype if compute_dtype is None else compute_dtype,
         param_dtype=dtype,
         scan_layers=scan_layers,
+        layers_per_step=layers_per_step,
         remat=remat,
     )
-    shapes = _shapes(module, names)
-    found, new = _match(
+    plan = make_plan(module, names, quantize)
+    found, new = match(
         directory,
-        _other_task(config_json, family.architecture(config, task)),
+        is_of_other_task(config_json, family.architecture(config, task)),
         names,
-        shapes,
+        plan.shapes,
         new_head,
         abstract,
     )
     if new and new_head is None:
-        _announce(new, task, config_json)
-    weights: dict[str, Any] = dict(shapes)
-    if not abstract:
-        key = jax.random.key(0) if key is None else key
-        for path, shape in shapes.items():
-            weights[path] = (
-                _fresh(path, shape, key, config.initializer_range)
-                if path in new
-                else hugging_face.read_weight(names.entries[path], found[path], shape.dtype)
-            )
+        announce(new, task, config_json)
+    key = jax.random.key(0) if key is None else key
+
+    def draw(path: str) -> jax.Array:
+        return fresh_weight(path, plan.shapes[path], key, config.initializer_range)
+
+    weights = plan.abstract(new) if abstract else plan.read(found, draw)
     params = unflatten_dict(weights, sep="/")
     hub_id = os.fspath(source) if hub.is_hub_id(source) else None
     return Pretrained(
@@ -193,94 +240,5 @@ def from_pretrained(
         config_json=config_json,
         hub_id=hub_id,
         revision=None if hub_id is None else revision,
+        quantize=quantize,
     )
-
-
-def _format(checkpoint: Path) -> ModuleType:
-    """Which module reads it."""
-    return gguf if checkpoint.is_file() else hugging_face
-
-
-def _shapes(module: nn.Module, names: NameTable) -> dict[str, jax.ShapeDtypeStruct]:
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), ids)
-    shapes, _ = flatten(variables["params"])
-    assert shapes.keys() == names.entries.keys(), shapes.keys() ^ names.entries.keys()
-    return {path: shapes[path] for path in names.entries}
-
-
-def _match(
-    directory: Path,
-    other_task: bool,
-    names: NameTable,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    new_head: bool | None,
-    abstract: bool,
-) -> tuple[dict[str, tuple[Tensor, ...]], tuple[str, ...]]:
-    if abstract and not _has_weights(directory):
-        return {}, ()
-    tensors = _format(directory).find_tensors(directory)
-    if new_head or other_task:
-        tensors = {name: t for name, t in tensors.items() if not _in_a_head(names, name)}
-    plain = {path: shape.shape for path, shape in shapes.items()}
-    may_be_absent = () if new_head is False else _absent_heads(tensors, names)
-    try:
-        found, new = hugging_face.match_tensors(tensors, names, plain, may_be_absent)
-    except ValueError as error:
-        hint = "" if new_head else "Where only the head does not fit, new_head=True draws one."
-        raise ValueError(f"{directory}: {error}\n{hint}".rstrip()) from None
-    return found, new
-
-
-def _has_weights(directory: Path) -> bool:
-    files = (hugging_face.SINGLE, hugging_face.INDEX)
-    return directory.is_file() or any((directory / name).is_file() for name in files)
-
-
-def _other_task(config_json: Mapping[str, Any], architecture: str) -> bool:
-    """Whether the checkpoint says that its head is another task's (or that it has none)."""
-    known = {architecture, architecture.replace("ForMaskedLM", "ForPreTraining")}
-    architectures = config_json.get("architectures") or ()
-    return bool(architectures) and known.isdisjoint(architectures)
-
-
-def _in_a_head(names: NameTable, tensor: str) -> bool:
-    key = names.key(tensor)
-    return key in names.unused and not key.startswith(("embeddings.", "pooler."))
-
-
-def _absent_heads(tensors: Mapping[str, Any], names: NameTable) -> list[str]:
-    """Paths of the heads of which the checkpoint has nothing; half a head is an error."""
-    keys = {names.key(name) for name in tensors}
-    heads: dict[str, list[str]] = {}
-    for path in names.entries:
-        top = path.partition("/")[0]
-        if top in names.drawn:
-            heads.setdefault(top, []).append(path)
-    return [
-        path
-        for paths in heads.values()
-        if not any(names.key(t) in keys for p in paths for t in names.entries[p].tensors)
-        for path in paths
-    ]
-
-
-def _announce(new: tuple[str, ...], task: str, config_json: Mapping[str, Any]) -> None:
-    made_for = ", ".join(config_json.get("architectures") or ()) or "an unnamed architecture"
-    warnings.warn(
-        f"This checkpoint ({made_for}) has no head for {task!r}: {', '.join(new)} were drawn at "
-        "random and want training. new_head=True says that you know.",
-        NewHeadWarning,
-        stacklevel=3,
-    )
-
-
-def _fresh(path: str, shape: jax.ShapeDtypeStruct, key: jax.Array, std: float) -> jax.Array:
-    """A new weight. Its key is folded from its path, so it does not depend on the others."""
-    kind = path.rpartition("/")[2]
-    if kind == "bias":
-        return jnp.zeros(shape.shape, shape.dtype)
-    if kind == "scale":
-        return jnp.ones(shape.shape, shape.dtype)
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return (std * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._merge import check_float, merge_leaf
+from lora_jax._merge import check_float, merge_leaf, plain_leaves
 from lora_jax._partition import _frozen_leaves
 from lora_jax._paths import flatten, nearest
+from lora_jax._quantized import is_quantized
 from lora_jax._weights import is_node
 from lora_jax.io._checkpoint_writer import MAX_SHARD_BYTES, Deferred, write_checkpoint
 from lora_jax.models._pretrained import Pretrained
@@ -57,7 +58,9 @@ def save_pretrained(
             directory is gone.
         OSError: A file could not be written; nothing is left behind.
     """
-    return _write(directory, model, leaves_of(params), {}, dtype, max_shard_bytes, overwrite)
+    leaves = leaves_of(params)
+    check_weights(leaves, model)
+    return _write(directory, model, leaves, {}, dtype, max_shard_bytes, overwrite)
 
 
 def save_merged(
@@ -67,6 +70,7 @@ def save_merged(
     trainable: Mapping[str, Any],
     *,
     dtype: Any = None,
+    base: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
@@ -80,6 +84,8 @@ def save_merged(
         frozen: The frozen half of `lora_jax.split`.
         trainable: The trainable half.
         dtype: What is written; None means each weight's own dtype.
+        base: As in `lora_jax.merge`: the full precision of a quantised ``frozen``; None merges
+            into its dequantised weights, and warns.
         max_shard_bytes: As in `save_pretrained`.
         overwrite: Whether a directory that holds files may be replaced.
 
@@ -89,8 +95,12 @@ def save_merged(
     Raises:
         ValueError: As `lora_jax.merge` and `save_pretrained` raise it.
         OSError: A file could not be written; nothing is left behind.
+
+    Warns:
+        DequantizedMergeWarning: See ``base``.
     """
     leaves, _ = _frozen_leaves(frozen, trainable)
+    leaves = plain_leaves(leaves, base)
     return _write(directory, model, leaves, trainable, dtype, max_shard_bytes, overwrite)
 
 
@@ -112,7 +122,7 @@ def _write(
     given: dict[str, Any] = {
         path: trainable.get(path) if w is None else w for path, w in leaves.items()
     }
-    check_weights(given, model)
+    check_weights(given, model, or_codes=True)
     weights = {
         path: Deferred(
             shape=weight.shape,
@@ -144,21 +154,29 @@ def leaves_of(params: Any) -> dict[str, Any]:
     return flatten(params, is_leaf=lambda leaf: leaf is None or is_node(leaf))[0]
 
 
-def check_weights(weights: Mapping[str, Any], model: Pretrained) -> None:
+def check_weights(weights: Mapping[str, Any], model: Pretrained, *, or_codes: bool = False) -> None:
     """Refuses weights that are not plain arrays of the model's paths and shapes.
 
+    Args:
+        weights: Path to weight.
+        model: What they are to be weights of.
+        or_codes: Whether quantised weights may be among them.
+
     Raises:
-        ValueError: Lists every one that is missing, unknown, of another shape, not merged, or
-            not an array of floats.
+        ValueError: Lists every one that is missing, unknown, of another shape, not merged,
+            quantised, or not an array of floats.
     """
     shapes, _ = flatten(model.params)
+    quantized = [path for path, weight in weights.items() if is_quantized(weight)]
     problems = [
         *(f"missing: {path}" for path in shapes if path not in weights),
+        *(f"quantised: {path}" for path in ([] if or_codes else quantized)),
         *(p for path, weight in weights.items() for p in _problems(path, weight, shapes)),
     ]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
-        raise ValueError(f"These are not plain weights of the model:{listed}")
+        hint = "\nlora_jax.dequantize gives plain weights." if quantized and not or_codes else ""
+        raise ValueError(f"These are not plain weights of the model:{listed}{hint}")
 
 
 def _problems(path: str, weight: Any, shapes: Mapping[str, Any]) -> Iterable[str]:

@@ -13,7 +13,7 @@ from train import cli, evaluate, finetune, losses, text_rows
 from train.batches import collate
 from train.config import Config, DataSection
 from train.records import Pair
-from train.tasks import causal_lm
+from train.tasks import Model, causal_lm
 
 CONFIG = """\
 model:
@@ -57,8 +57,22 @@ def rows(directory):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+def given(logits, batch, chunk=4096):
+    """A model that has learned these logits by heart, its one weight, and the batch."""
+    fields = {"attention_mask": jnp.ones_like(batch["input_ids"]), **batch}
+    model = Model(
+        apply=lambda params, *_, **__: params["logits"],
+        hidden=lambda params, *_, **__: params["logits"],
+        logits=lambda _, hidden, dtype=jnp.float32: hidden.astype(dtype),
+        head=lambda _: {},
+        chunk=chunk,
+    )
+    return model, {"logits": jnp.asarray(logits)}, fields
+
+
+@pytest.mark.parametrize("chunk", [4096, 4, 6])  # tokens: 4, 2 and 3 positions of two rows
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_a_mean_over_the_learned_tokens_of_the_batch(smoothing):
+def test_the_loss_is_a_mean_over_the_learned_tokens_of_the_batch(smoothing, chunk):
     logits = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)
     batch = {
         "input_ids": jnp.array([[0, 1, 2, 3], [4, 0, 1, 1]]),
@@ -69,8 +83,22 @@ def test_the_loss_is_a_mean_over_the_learned_tokens_of_the_batch(smoothing):
         -(1 - smoothing) * log_p[row, place - 1, token] - smoothing * log_p[row, place - 1].mean()
         for row, place, token in [(0, 1, 1), (0, 2, 2), (0, 3, 3), (1, 2, 1)]
     ]
-    found = causal_lm.loss(jnp.asarray(logits), batch, smoothing)
+    found = causal_lm.loss(*given(logits, batch, chunk), smoothing)
     np.testing.assert_allclose(found, np.mean(by_hand), rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_gradient_is_that_of_the_softmax(smoothing):
+    """share - (1 - e) * one at the target - e / classes, which finite logits cannot overflow."""
+    with jax.enable_x64(True):
+        logits = np.random.default_rng(0).normal(size=(3, 7), scale=300.0)
+        targets = jnp.array([0, 3, 6])
+        found = jax.grad(lambda x: losses.cross_entropy(x, targets, smoothing).sum())(logits)
+        exact = np.exp(logits - logits.max(axis=1, keepdims=True))
+        exact /= exact.sum(axis=1, keepdims=True)
+        exact -= (1 - smoothing) * np.eye(7)[np.asarray(targets)] + smoothing / 7
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-12)
 
 
 def test_smoothing_of_equal_probabilities_changes_nothing():
@@ -81,7 +109,7 @@ def test_smoothing_of_equal_probabilities_changes_nothing():
 
 def test_a_batch_without_anything_to_learn_has_no_loss():
     batch = {"input_ids": jnp.zeros((1, 3), int), "loss_mask": jnp.zeros((1, 3), int)}
-    assert causal_lm.loss(jnp.ones((1, 3, 4)), batch, 0.0) == 0
+    assert causal_lm.loss(*given(jnp.ones((1, 3, 4)), batch), 0.0) == 0
 
 
 def test_figures_weigh_tokens_and_not_rows(tokenizer):
@@ -96,7 +124,8 @@ def test_figures_weigh_tokens_and_not_rows(tokenizer):
     assert causal_lm.metrics(np.array([[1e6, 0], [0, 0]]), encoded)["perplexity"] == math.inf
 
 
-def test_outputs_are_sums_over_each_row(tokenizer):
+@pytest.mark.parametrize("chunk", [4096, 2])
+def test_outputs_are_sums_over_each_row(tokenizer, chunk):
     section = DataSection(train="rows.txt", holdout=1)
     encoded = text_rows.encode(tokenizer, [Pair("Hi", " there"), Pair("Hi", ".")], section)
     batch = collate(encoded, [0, 1], encoded.lengths)
@@ -104,7 +133,7 @@ def test_outputs_are_sums_over_each_row(tokenizer):
     targets = np.asarray(losses.next_tokens(batch)[0])
     logits = 50.0 * np.asarray(jax.nn.one_hot(targets, len(tokenizer)))
     logits[0, 1] = 0
-    found = np.asarray(causal_lm.outputs(jnp.asarray(logits), batch))
+    found = np.asarray(causal_lm.outputs(*given(logits, batch, chunk)))
     np.testing.assert_allclose(found, [[math.log(len(tokenizer)), 1], [0, 2]], atol=1e-6)
 
 

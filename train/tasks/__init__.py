@@ -1,8 +1,8 @@
 """Tasks: what a run asks of a model is one file, and everything else is the same for all.
 
 task = task_of(config)
-logits = task.apply(model.apply, params, batch)
-loss = task.loss(logits, batch, config)
+loss = task.loss(model, params, batch, smoothing)
+outputs = task.outputs(model, params, batch)
 """
 
 import importlib
@@ -31,6 +31,24 @@ class Sets(NamedTuple):
     evaluation: Any
     tokenizer: Any
     names: tuple[str, ...] = ()
+
+
+class Model(NamedTuple):
+    """What a task calls, as functions of weights that may be adapted.
+
+    Attributes:
+        apply: A model's `Pretrained.apply`.
+        hidden: `Pretrained.hidden`, of a decoder.
+        logits: `Pretrained.logits`, of a decoder.
+        head: `Pretrained.head`, of a decoder.
+        chunk: Tokens, of all devices together, whose logits may be in memory at once.
+    """
+
+    apply: Callable[..., Any]
+    hidden: Callable[..., Any]
+    logits: Callable[..., jax.Array]
+    head: Callable[[Any], Any]
+    chunk: int
 
 
 class Answers(NamedTuple):
@@ -86,15 +104,22 @@ class Task(Protocol):
         ...
 
     def apply(self, fn: Callable[..., Any], params: Any, batch: Any, **kwargs: Any) -> jax.Array:
-        """Calls a model on a batch."""
+        """Calls `Model.apply`, or another of these functions, on a batch."""
         ...
 
-    def loss(self, logits: jax.Array, batch: Any, smoothing: float) -> jax.Array:
-        """The loss of a batch, ``()``."""
+    def loss(
+        self,
+        model: Model,
+        params: Any,
+        batch: Any,
+        smoothing: float,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The loss of a batch, ``()``; with a key the model's own dropout is on."""
         ...
 
-    def outputs(self, logits: jax.Array, batch: Any) -> jax.Array:
-        """What is kept of the logits of each row: ``(batch, n)``."""
+    def outputs(self, model: Model, params: Any, batch: Any) -> jax.Array:
+        """What is kept of each row: ``(batch, n)``."""
         ...
 
     def metrics(self, outputs: np.ndarray, encoded: Any) -> dict[str, float]:

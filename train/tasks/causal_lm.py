@@ -1,17 +1,19 @@
 """The task causal-lm: what comes next in this text?
 
-logits (batch, length, vocabulary)
+logits (batch, length, vocabulary), of which a chunk exists at a time
 loss = sum over the learned tokens of the whole batch of -log p(token) / their number
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import ops
 from lora_jax.io.tokenizers import load_tokenizer
 
 from ..config import Config
@@ -20,7 +22,7 @@ from ..order import numpy_order
 from ..questions import clip, questions, scored
 from ..text_rows import Encoded, encode, read_pool, read_pools
 from ..tokens import Tokens, marked_text
-from . import Answers, Complete, Examples, Sets
+from . import Answers, Complete, Examples, Model, Sets
 
 HEADLINE = "perplexity"
 CURVES = ("token_accuracy",)
@@ -84,24 +86,82 @@ def fingerprint(encoded: Encoded) -> str:
 
 
 def apply(fn: Callable[..., Any], params: Any, batch: Any, **kwargs: Any) -> jax.Array:
-    """Logits ``(batch, length, vocabulary)``."""
+    """Logits ``(batch, length, vocabulary)``, or hidden states ``(batch, length, width)``."""
     packed = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
     return fn(params, batch["input_ids"], batch["attention_mask"], **packed, **kwargs)
 
 
-def loss(logits: jax.Array, batch: Any, smoothing: float) -> jax.Array:
+def loss(
+    model: Model,
+    params: Any,
+    batch: Any,
+    smoothing: float,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
     """The mean over the learned tokens of the whole batch, whichever rows they are in."""
-    targets, weights = next_tokens(batch)
-    losses = cross_entropy(logits, targets, smoothing)
-    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+    def of_chunk(logits: jax.Array, targets: jax.Array, weights: jax.Array):
+        losses = cross_entropy(logits, targets, smoothing)
+        return (losses * weights).sum(), weights.sum()
+
+    total, count = _sums(model, params, batch, of_chunk, dropout_key)
+    return total / jnp.maximum(count, 1)
 
 
-def outputs(logits: jax.Array, batch: Any) -> jax.Array:
+def outputs(model: Model, params: Any, batch: Any) -> jax.Array:
     """For each row the sum of -log p, and how many tokens were the likeliest: ``(batch, 2)``."""
-    targets, weights = next_tokens(batch)
-    losses = (cross_entropy(logits, targets) * weights).sum(axis=1)
-    right = ((logits.argmax(axis=-1) == targets) * weights).sum(axis=1)
-    return jnp.stack([losses, right], axis=1)
+
+    def of_chunk(logits: jax.Array, targets: jax.Array, weights: jax.Array):
+        losses = (cross_entropy(logits, targets) * weights).sum(axis=1)
+        right = ((logits.argmax(axis=-1) == targets) * weights).sum(axis=1)
+        return losses.sum(), jnp.stack([losses, right], axis=1)
+
+    return _sums(model, params, batch, of_chunk)[1]
+
+
+class _Rows(NamedTuple):
+    """What is cut into chunks: ``(batch, length, ...)``, and places ``(1, length)``."""
+
+    hidden: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+    places: jax.Array
+
+
+def _sums(
+    model: Model,
+    params: Any,
+    batch: Any,
+    of_chunk: Callable[..., tuple[jax.Array, jax.Array]],
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sums over all chunks of ``of_chunk(logits, targets, weights)``, a scalar and an array.
+
+    Logits are float32 and their cotangents are rounded to the dtype of the arithmetic, as those
+    of every other product are.
+    """
+    hidden = apply(model.hidden, params, batch, dropout_key=dropout_key)
+    narrow = functools.partial(model.logits, dtype=hidden.dtype)
+    logits = ops.with_gradient_of(model.logits, narrow)
+
+    def fn(head: Any, rows: _Rows) -> tuple[jax.Array, jax.Array]:
+        found = logits(_own_dropout(head, rows.places[0, 0]), rows.hidden)
+        return of_chunk(found, rows.targets, rows.weights)
+
+    places = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
+    rows = _Rows(hidden, *next_tokens(batch), places)
+    chunk = max(1, model.chunk // len(hidden))
+    return ops.sum_in_chunks(fn, model.head(params), rows, chunk=chunk)
+
+
+def _own_dropout(head: Any, place: jax.Array) -> Any:
+    """The weights of the head with LoRA dropout keys of the chunk that starts at ``place``."""
+
+    def fold(leaf: jax.Array) -> jax.Array:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.fold_in(leaf, place) if is_key else leaf
+
+    return jax.tree.map(fold, head)
 
 
 def metrics(outputs: np.ndarray, encoded: Encoded) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ..data import Examples, load_data, number_labels, read_table
 from ..losses import cross_entropy
 from ..metrics import classification_metrics, probabilities
 from ..order import grain_order
-from . import Answers, Complete, Examples as Table, Sets
+from . import Answers, Complete, Examples as Table, Model, Sets
 
 HEADLINE = "accuracy"
 CURVES = ("accuracy", "f1", "matthews")
@@ -141,15 +141,21 @@ def apply(fn: Callable[..., Any], params: Any, batch: Any, **kwargs: Any) -> jax
     return fn(params, *arrays, **kwargs)
 
 
-def loss(logits: jax.Array, batch: Any, smoothing: float) -> jax.Array:
+def loss(
+    model: Model,
+    params: Any,
+    batch: Any,
+    smoothing: float,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
     """The mean cross-entropy of the batch."""
+    logits = apply(model.apply, params, batch, dropout_key=dropout_key)
     return cross_entropy(logits, batch["labels"], smoothing).mean()
 
 
-def outputs(logits: jax.Array, batch: Any) -> jax.Array:
+def outputs(model: Model, params: Any, batch: Any) -> jax.Array:
     """The logits themselves."""
-    del batch
-    return logits.astype(jnp.float32)
+    return apply(model.apply, params, batch).astype(jnp.float32)
 
 
 def metrics(outputs: np.ndarray, encoded: Encoded) -> dict[str, float]:

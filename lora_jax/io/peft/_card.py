@@ -4,7 +4,7 @@ Its head is what the hub reads. A base model is named by its hub id or not at al
 nothing on another machine. One line of the head repeats the facts as JSON, so that whoever writes
 the adapter again can keep them:
 
-    lora_jax: {"evaluation": {"accuracy": 0.875}, "data_hash": "sha256:12ab"}
+    lora_jax: {"evaluation": {"accuracy": 0.875}, "data_hash": "sha256:12ab", "quantize": "nf4"}
 """
 
 import dataclasses
@@ -30,10 +30,17 @@ _KEY = "lora_jax: "
 
 
 class Facts(NamedTuple):
-    """What is known of an adapter beyond its weights; see `card`."""
+    """What is known of an adapter beyond its weights.
+
+    Attributes:
+        evaluation: Metric to value.
+        data_hash: Names the data that it was trained on.
+        quantize: The scheme that its base was held in meanwhile; None is full precision.
+    """
 
     evaluation: Mapping[str, float]
     data_hash: str | None
+    quantize: str | None = None
 
 
 class _Task(NamedTuple):
@@ -57,8 +64,7 @@ def card(
     config: LoraConfig,
     model: "Pretrained",
     fields: Mapping[str, Any],
-    evaluation: Mapping[str, float],
-    data_hash: str | None,
+    facts: Facts,
     notes: Iterable[str],
 ) -> str:
     """The text of the card.
@@ -67,22 +73,23 @@ def card(
         config: What was trained.
         model: The model it was trained on.
         fields: ``adapter_config.json``.
-        evaluation: Metric to value.
-        data_hash: Names the data that it was trained on.
+        facts: What is known of the adapter.
         notes: What a user of the adapter has to know.
 
     Raises:
-        ValueError: A metric is no name with a number, or ``data_hash`` is not one line.
+        ValueError: A metric is no name with a number, or ``data_hash`` or ``quantize`` is not
+            one line.
     """
-    _check(evaluation, data_hash)
+    _check(*facts)
     base_model = fields["base_model_name_or_path"]
     sections = [
-        _front_matter(base_model, _TASKS[model.task].pipeline, Facts(evaluation, data_hash)),
+        _front_matter(base_model, _TASKS[model.task].pipeline, facts),
         _title(base_model, model),
-        _evaluation(evaluation),
+        _evaluation(facts.evaluation),
         _code(model, base_model or BASE, fields["revision"]),
+        _precision(facts.quantize),
         *notes,
-        _training(config, data_hash),
+        _training(config, facts.data_hash),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -107,7 +114,7 @@ def read_facts(directory: Path) -> Facts:
     return facts
 
 
-def _check(evaluation: Mapping[str, float], data_hash: str | None) -> None:
+def _check(evaluation: Mapping[str, float], data_hash: str | None, quantize: str | None) -> None:
     for metric, value in evaluation.items():
         is_name = isinstance(metric, str) and re.fullmatch(r"[^\n|`<>]+", metric)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -115,6 +122,8 @@ def _check(evaluation: Mapping[str, float], data_hash: str | None) -> None:
             raise ValueError(f"`evaluation` must give names numbers, got {metric!r}: {value!r}.")
     if data_hash is not None and not re.fullmatch(r"[\w.:+=/ -]+", data_hash):
         raise ValueError(f"`data_hash` must be one line of a hash, got {data_hash!r}.")
+    if quantize is not None and not re.fullmatch(r"\w+", quantize):
+        raise ValueError(f"`quantize` must be the name of a scheme, got {quantize!r}.")
 
 
 def _front_matter(base_model: str | None, pipeline: str, facts: Facts) -> str:
@@ -129,7 +138,7 @@ def _fact_line(facts: Facts) -> list[str]:
     if not any(facts):
         return []
     evaluation = {metric: float(value) for metric, value in facts.evaluation.items()}
-    known = {"evaluation": evaluation, "data_hash": facts.data_hash}
+    known = facts._asdict() | {"evaluation": evaluation}
     return [_KEY + json.dumps(known, ensure_ascii=False)]
 
 
@@ -143,6 +152,16 @@ def _evaluation(evaluation: Mapping[str, float]) -> str:
         return ""
     rows = [f"| {metric} | {value:.6g} |" for metric, value in evaluation.items()]
     return "\n".join(["## Evaluation", "", "| metric | value |", "|---|---|", *rows])
+
+
+def _precision(quantize: str | None) -> str:
+    if quantize is None:
+        return ""
+    return (
+        f"It was trained on the base quantised to {quantize} "
+        f"(`from_pretrained(..., quantize={json.dumps(quantize)})`). It runs on the base in either "
+        "precision; the code above merges it into the original one."
+    )
 
 
 def _code(model: "Pretrained", base: str, revision: str | None) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax._config import Parts
+from lora_jax._quantized import is_quantized
 from lora_jax.io.hugging_face import published_shape, published_tensors
 from lora_jax.io.names import Kind, NameTable, Published
 from lora_jax.io.peft import _keys as keys, _parts as parts_of, _tied as tied
@@ -131,6 +132,8 @@ def _changed_base(adapter: Adapter) -> Iterable[str]:
     """Weights under the factors that are not the model's: it is another base, or a resized one."""
     for (path, _), (index, tensor) in adapter.found.base.items():
         entry, weight = adapter.names.entries[path], adapter.weights[path]
+        if is_quantized(weight):  # whether it is the same is no longer known
+            continue
         wanted = published_tensors(entry, weight)[entry.tensors[index]]
         if not np.array_equal(tensor.read().astype(weight.dtype), wanted):
             yield f"base: {tensor.name} {tensor.shape} is not the model's {path} {weight.shape}"

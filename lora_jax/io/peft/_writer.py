@@ -40,6 +40,7 @@ def save_adapter(
     revision: str | None = None,
     evaluation: Mapping[str, float] | None = None,
     data_hash: str | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes what was trained as an adapter that PEFT loads, whole or not at all.
@@ -62,6 +63,8 @@ def save_adapter(
             that ``model`` was loaded at if None and ``model`` is that base.
         evaluation: What the card says of the adapter: metric to value.
         data_hash: What the card says of the data that it was trained on.
+        quantize: What the card says of the base's precision meanwhile: the scheme that it was
+            quantised to; that of ``model`` if None.
         overwrite: Whether a directory that holds files may be replaced.
 
     Raises:
@@ -85,7 +88,8 @@ def save_adapter(
     base = {"base_model_name_or_path": base_model, "revision": revision}
     fields = base | _fields(written, config, model, profile)
     notes = _notes(written, model.names)
-    card = _card.card(config, model, fields, evaluation or {}, data_hash, notes)
+    facts = _card.Facts(evaluation or {}, data_hash, quantize or model.quantize)
+    card = _card.card(config, model, fields, facts, notes)
     with new_directory(directory, overwrite=overwrite) as beside:
         write_tensors(beside / WEIGHTS, written.tensors, written.note)
         text = json.dumps(fields, indent=2, sort_keys=True)

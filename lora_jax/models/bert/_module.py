@@ -11,19 +11,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import _layers
 from lora_jax.models._inputs import check_ids, check_length, check_shapes
 from lora_jax.models._layers import (
     ACTIVATIONS,
     Embedding,
-    Unrolled,
     attend_with_dropout,
     dense,
     dropout,
     embedding,
     layer_norm,
-    scanned,
+    layers_of,
     shared,
 )
 from lora_jax.models.bert._config import BertConfig
@@ -65,14 +65,16 @@ class Attention(Block):
         config = self.config
         heads = (*x.shape[:2], config.num_attention_heads, -1)
         query, key, value = (
-            dense(self, config.hidden_size, name)(x).reshape(heads)
+            checkpoint_name(dense(self, config.hidden_size, name)(x).reshape(heads), name)
             for name in ("query", "key", "value")
         )
         rate = config.attention_probs_dropout_prob
         kept = mask[:, None, None, :]
         mixed = attend_with_dropout(self, query, key, value, kept, rate=rate).reshape(x.shape)
+        mixed = checkpoint_name(mixed, "attention")
         out = dense(self, config.hidden_size, "out")(mixed)
-        return _norm(self, x + dropout(self, out, config.hidden_dropout_prob), "norm")
+        x = checkpoint_name(x + dropout(self, out, config.hidden_dropout_prob), "out")
+        return _norm(self, x, "norm")
 
 
 class Mlp(Block):
@@ -82,9 +84,10 @@ class Mlp(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(B, T, hidden)`` to the same."""
         config = self.config
-        up = dense(self, config.intermediate_size, "up")(x)
+        up = checkpoint_name(dense(self, config.intermediate_size, "up")(x), "up")
         down = dense(self, config.hidden_size, "down")(ACTIVATIONS[config.hidden_act](up))
-        return _norm(self, x + dropout(self, down, config.hidden_dropout_prob), "norm")
+        x = checkpoint_name(x + dropout(self, down, config.hidden_dropout_prob), "down")
+        return _norm(self, x, "norm")
 
 
 class Layer(Block):
@@ -101,14 +104,15 @@ class Encoder(Block):
     """All layers, unrolled or scanned."""
 
     scan_layers: bool = False
+    layers_per_step: int = 1
     remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(B, T, hidden)`` to the same."""
+        layers = layers_of(self, Layer, in_axes=nn.broadcast)
         if self.scan_layers:
-            return scanned(self, Layer, self.remat, in_axes=nn.broadcast)(x, mask)[0]
-        layers = Unrolled(**shared(self), layer=Layer, remat=self.remat, name="layers")
+            return layers(x, mask)[0]
         return layers(x, [(mask,)] * self.config.num_hidden_layers)
 
 
@@ -145,12 +149,14 @@ class Bert(Block):
         task: One of `TASKS`.
         scan_layers: One ``nn.scan`` over the layers: compiles in the time of one layer; the
             layers' weights are stacked along axis 0.
+        layers_per_step: Layers that a step of the scan goes through.
         remat: What each layer recomputes in the backward pass, a policy's name or a bool; see
             `lora_jax.models._remat`.
     """
 
     task: str = "sequence-classification"
     scan_layers: bool = False
+    layers_per_step: int = 1
     remat: bool | str = False
 
     @nn.compact
@@ -185,7 +191,11 @@ class Bert(Block):
         positions = _positions(self.config, input_ids)
         x, words = Embeddings(**shared(self), name="embeddings")(input_ids, types, positions)
         encoder = Encoder(
-            **shared(self), scan_layers=self.scan_layers, remat=self.remat, name="encoder"
+            **shared(self),
+            scan_layers=self.scan_layers,
+            layers_per_step=self.layers_per_step,
+            remat=self.remat,
+            name="encoder",
         )
         x = encoder(x, mask.astype(bool))
         if self.task == "feature-extraction":
@@ -226,6 +236,7 @@ def make_module(
     param_dtype: Any,
     scan_layers: bool,
     remat: bool | str,
+    layers_per_step: int = 1,
 ) -> Bert:
     """The module of a task; see `Bert`."""
     return Bert(
@@ -234,5 +245,6 @@ def make_module(
         param_dtype=param_dtype,
         task=task,
         scan_layers=scan_layers,
+        layers_per_step=layers_per_step,
         remat=remat,
     )

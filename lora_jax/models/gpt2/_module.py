@@ -8,27 +8,26 @@
 With a cache the layers hand it on beside ``x``, each with its own keys and values written in.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import _layers
 from lora_jax.models._attention import attend, causal_mask, explicit_mask, place
 from lora_jax.models._cache import Cache, store
 from lora_jax.models._layers import (
     ACTIVATIONS,
-    Embedding,
-    Unrolled,
     attend_with_dropout,
     dense,
     dropout,
     embedding,
+    float32_norm,
+    head,
     layer_norm,
-    scanned,
+    layers_of,
     shared,
 )
 from lora_jax.models.gpt2._config import Gpt2Config
@@ -51,7 +50,12 @@ class Attention(Block):
         config = self.config
         heads = (*x.shape[:2], config.n_head, config.head_dim)
         qkv = dense(self, 3 * config.n_embd, "qkv")(x)
-        query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+        query, key, value = (
+            checkpoint_name(part.reshape(heads), name)
+            for name, part in zip(
+                ("query", "key", "value"), jnp.split(qkv, 3, axis=-1), strict=True
+            )
+        )
         if cache is not None:
             cache, key, value = store(cache, index, key, value)
         mixed = self._attend(query, key, value, mask)
@@ -79,7 +83,7 @@ class Mlp(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(B, T, width)`` to the same."""
         config = self.config
-        up = dense(self, config.n_inner or 4 * config.n_embd, "up")(x)
+        up = checkpoint_name(dense(self, config.n_inner or 4 * config.n_embd, "up")(x), "up")
         down = dense(self, config.n_embd, "down")(ACTIVATIONS[config.activation_function](up))
         return dropout(self, down, config.resid_pdrop)
 
@@ -99,7 +103,7 @@ class Layer(Block):
         x, cache = carry
         attention = Attention(**shared(self), name="attention")
         added, cache = attention(_norm(self, x, "attention_norm"), cache, index, mask)
-        x = x + added
+        x = checkpoint_name(x + added, "residual")
         x = x + Mlp(**shared(self), name="mlp")(_norm(self, x, "mlp_norm"))
         return (x, cache), None
 
@@ -110,14 +114,27 @@ class Gpt2(Block):
     Attributes:
         scan_layers: One ``nn.scan`` over the layers: compiles in the time of one layer; the
             layers' weights are stacked along axis 0.
+        layers_per_step: Layers that a step of the scan goes through.
         remat: What each layer recomputes in the backward pass, a policy's name or a bool; see
             `lora_jax.models._remat`.
     """
 
     scan_layers: bool = False
+    layers_per_step: int = 1
     remat: bool | str = False
 
-    @nn.compact
+    def setup(self):
+        """Makes the tables, the layers and the head."""
+        config = self.config
+        vocabulary = (config.vocab_size, config.n_embd)
+        self.wte = embedding(self, *vocabulary, "wte")
+        self.wpe = embedding(self, config.n_positions, config.n_embd, "wpe")
+        self.dropout = nn.Dropout(config.embd_pdrop, deterministic=self.deterministic)
+        self.layers = layers_of(self, Layer, in_axes=(0, nn.broadcast))
+        self.norm = float32_norm(self, "norm", epsilon=config.layer_norm_epsilon)
+        if not config.tie_word_embeddings:
+            self.lm_head = head(self, *vocabulary, "lm_head")
+
     def __call__(
         self,
         input_ids: jax.Array,
@@ -126,7 +143,7 @@ class Gpt2(Block):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> jax.Array | tuple[jax.Array, Cache]:
+    ) -> Any:
         """Runs the model on ``(B, T)`` tokens.
 
         Args:
@@ -147,35 +164,57 @@ class Gpt2(Block):
             ValueError: Shapes or dtypes of the arguments are not these, the sequence is longer
                 than the table of positions, or segments meet a cache.
         """
-        config = self.config
+        inputs = {"positions": positions, "segment_ids": segment_ids, "cache": cache}
+        found = self.hidden(input_ids, attention_mask, **inputs)
+        if cache is None:
+            return self.logits(found)
+        hidden, cache = found
+        return self.logits(hidden), cache
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """What the head sees, of the arguments of ``__call__``.
+
+        Returns:
+            ``(B, T, width)``, normed; with a ``cache``, that and the new cache.
+        """
         placed = place(
-            input_ids, attention_mask, positions, segment_ids, cache, max_length=config.max_length
+            *(input_ids, attention_mask, positions, segment_ids, cache),
+            max_length=self.config.max_length,
         )
         mask = explicit_mask(placed) if _drops_attention(self) else causal_mask(placed)
-        words = embedding(self, config.vocab_size, config.n_embd, "wte")
-        places = embedding(self, config.n_positions, config.n_embd, "wpe")
-        x = words(input_ids) + places(placed.positions)
-        x = dropout(self, x, config.embd_pdrop)
-        x, cache = self._layers((x, placed.cache), mask)
-        logits = self._head(_norm(self, x, "norm"), words)
-        return logits if cache is None else (logits, cache)
+        x = self.dropout(self.wte(input_ids) + self.wpe(placed.positions))
+        x, cache = self._through_layers((x, placed.cache), mask)
+        x = self.norm(x).astype(self.dtype)
+        return x if cache is None else (x, cache)
 
-    def _layers(self, carry: Carry, mask: jax.Array | None) -> Carry:
+    def logits(self, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """What `hidden` gave, ``(B, T, width)``, to ``(B, T, vocab)``.
+
+        Args:
+            hidden: Multiplied in the dtype of the arithmetic.
+            dtype: What the products are summed in, and given back in.
+        """
+        tied = self.config.tie_word_embeddings
+        return self.wte.attend(hidden, dtype) if tied else self.lm_head(hidden, dtype)
+
+    @property
+    def head(self) -> str:
+        """The only entry of the parameters that `logits` reads."""
+        return "wte" if self.config.tie_word_embeddings else "lm_head"
+
+    def _through_layers(self, carry: Carry, mask: jax.Array | None) -> Carry:
         count = self.config.n_layer
         if self.scan_layers:
-            layers = scanned(self, Layer, self.remat, in_axes=(0, nn.broadcast))
-            return layers(carry, jnp.arange(count, dtype=jnp.int32), mask)[0]
-        layers = Unrolled(**shared(self), layer=Layer, remat=self.remat, name="layers")
-        return layers(carry, [(index, mask) for index in range(count)])
-
-    def _head(self, x: jax.Array, words: Embedding) -> jax.Array:
-        """Logits, summed in float32 whatever the dtype of the arithmetic."""
-        product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-        if self.config.tie_word_embeddings:
-            table = words.embedding.astype(self.dtype)
-            return product(x, table, (((2,), (1,)), ((), ())))
-        size = self.config.vocab_size
-        return dense(self, size, "lm_head", use_bias=False, dot_general=product)(x)
+            return self.layers(carry, jnp.arange(count, dtype=jnp.int32), mask)[0]
+        return self.layers(carry, [(index, mask) for index in range(count)])
 
 
 def _norm(block: Block, x: jax.Array, name: str) -> jax.Array:
@@ -190,6 +229,14 @@ def make_module(
     param_dtype: Any,
     scan_layers: bool,
     remat: bool | str,
+    layers_per_step: int = 1,
 ) -> Gpt2:
     """The module; see `Gpt2`."""
-    return Gpt2(config, dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat)
+    return Gpt2(
+        config,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        scan_layers=scan_layers,
+        layers_per_step=layers_per_step,
+        remat=remat,
+    )

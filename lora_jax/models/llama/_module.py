@@ -12,32 +12,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import _layers
-from lora_jax.models._attention import Placement, attend, causal_mask, explicit_mask, place
+from lora_jax.models._attention import Placement, attend, place
 from lora_jax.models._cache import Cache, store
-from lora_jax.models._layers import ACTIVATIONS, Unrolled, dense, embedding, scanned, shared
+from lora_jax.models._layers import ACTIVATIONS, dense, embedding, head, layers_of, shared
 from lora_jax.models.llama._config import LlamaConfig
-from lora_jax.models.llama._rotary import Angles, angles, rotate
-
-
-class View(NamedTuple):
-    """What a layer sees of the tokens: their angles, and the mask of `causal_mask`."""
-
-    angles: Angles
-    mask: jax.Array | None
-
-
-class Views(NamedTuple):
-    """The views of a stack of layers.
-
-    Attributes:
-        whole: Of layers that see everything, or of all layers where they are of one kind.
-        sliding: Of layers that see a window, where a scan runs over both kinds.
-    """
-
-    whole: View
-    sliding: View | None = None
+from lora_jax.models.llama._rotary import Angles, rotate
+from lora_jax.models.llama._views import View, Views, both_views, chosen, view_of
 
 
 class Carry(NamedTuple):
@@ -87,8 +70,8 @@ class Attention(Block):
     ) -> Carry:
         """``x (B, T, hidden)`` to the same; the cache with layer ``index`` filled in."""
         config = self.config
-        query = rotate(self._heads(x, "query", config.num_attention_heads), view.angles)
-        key = rotate(self._heads(x, "key", config.num_key_value_heads), view.angles)
+        query = self._heads(x, "query", config.num_attention_heads, view.angles)
+        key = self._heads(x, "key", config.num_key_value_heads, view.angles)
         value = self._heads(x, "value", config.num_key_value_heads)
         if cache is not None:
             cache, key, value = store(cache, index, key, value)
@@ -97,14 +80,19 @@ class Attention(Block):
         out = dense(self, config.hidden_size, "out", use_bias=config.out_bias)
         return Carry(out(mixed.reshape((*x.shape[:2], -1))), cache)
 
-    def _heads(self, x: jax.Array, name: str, heads: int) -> jax.Array:
+    def _heads(
+        self, x: jax.Array, name: str, heads: int, turned: Angles | None = None
+    ) -> jax.Array:
+        """``(B, T, heads, head_dim)``, normed where the config says so, and rotated."""
         config = self.config
         bias = config.query_key_value_bias
         split = dense(self, heads * config.head_dim, name, use_bias=bias)(x)
         split = split.reshape((*x.shape[:2], heads, config.head_dim))
-        if config.query_key_norm and name != "value":
-            return RmsNorm(**shared(self), name=f"{name}_norm")(split)
-        return split
+        normed = config.query_key_norm and name != "value"
+        if normed:
+            split = RmsNorm(**shared(self), name=f"{name}_norm")(checkpoint_name(split, name))
+        split = split if turned is None else rotate(split, turned)
+        return split if normed else checkpoint_name(split, name)
 
 
 class Mlp(Block):
@@ -115,7 +103,9 @@ class Mlp(Block):
         """``(B, T, hidden)`` to the same."""
         config = self.config
         gate, up = (
-            dense(self, config.intermediate_size, name, use_bias=config.mlp_bias)(x)
+            checkpoint_name(
+                dense(self, config.intermediate_size, name, use_bias=config.mlp_bias)(x), name
+            )
             for name in ("gate", "up")
         )
         x = ACTIVATIONS[config.hidden_act](gate) * up
@@ -128,61 +118,40 @@ class Layer(Block):
     @nn.compact
     def __call__(self, carry: Carry, which: Which, views: Views) -> tuple[Carry, None]:
         """One layer further."""
-        x, view = carry.x, _chosen(views, which.sliding)
+        x, view = carry.x, chosen(views, which.sliding)
         mixed, cache = Attention(**shared(self), name="attention")(
             self._norm(x, "attention_norm"), carry.cache, which.index, view
         )
-        x = x + self._out_norm(mixed, "attention_out_norm")
+        x = self._add(x, mixed, "out", "attention_out_norm")
         mixed = Mlp(**shared(self), name="mlp")(self._norm(x, "mlp_norm"))
-        return Carry(x + self._out_norm(mixed, "mlp_out_norm"), cache), None
+        return Carry(self._add(x, mixed, "down", "mlp_out_norm"), cache), None
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
         return RmsNorm(**shared(self), name=name)(x)
 
-    def _out_norm(self, x: jax.Array, name: str) -> jax.Array:
-        return self._norm(x, name) if self.config.output_norms else x
+    def _add(self, x: jax.Array, mixed: jax.Array, kept: str, norm: str) -> jax.Array:
+        """What a part computed, added to the stream, after its norm if the config says so."""
+        if self.config.output_norms:
+            return x + self._norm(checkpoint_name(mixed, kept), norm)
+        return checkpoint_name(x + mixed, "residual")
 
 
-def _chosen(views: Views, sliding: jax.Array | None) -> View:
-    if sliding is None:
-        return views.whole
-    return jax.tree.map(lambda s, w: jnp.where(sliding, s, w), views.sliding, views.whole)
-
-
-def _unrolled_layers(block: Block, remat: bool | str, carry: Carry, placed: Placement) -> Carry:
+def _unrolled_layers(layers: nn.Module, config: LlamaConfig, x: Carry, placed: Placement) -> Carry:
     """Through the layers one by one, each with the view of its kind."""
-    kinds = block.config.sliding_layers
-    views = {sliding: Views(_view(block.config, placed, sliding)) for sliding in set(kinds)}
-    layers = Unrolled(**shared(block), layer=Layer, remat=remat, name="layers")
-    return layers(carry, [(Which(i), views[sliding]) for i, sliding in enumerate(kinds)])
+    kinds = config.sliding_layers
+    views = {sliding: Views(view_of(config, placed, sliding)) for sliding in set(kinds)}
+    return layers(x, [(Which(i), views[sliding]) for i, sliding in enumerate(kinds)])
 
 
-def _scanned_layers(block: Block, remat: bool | str, carry: Carry, placed: Placement) -> Carry:
+def _scanned_layers(layers: nn.Module, config: LlamaConfig, x: Carry, placed: Placement) -> Carry:
     """Through the layers by one scan; where they are of both kinds each chooses its view."""
-    config = block.config
     which = Which(jnp.arange(config.num_hidden_layers, dtype=jnp.int32))
     if len(set(config.sliding_layers)) == 1:
-        views = Views(_view(config, placed, config.sliding_layers[0]))
+        views = Views(view_of(config, placed, config.sliding_layers[0]))
     else:
         which = which._replace(sliding=jnp.asarray(config.sliding_layers))
-        views = _both_views(config, placed)
-    return scanned(block, Layer, remat, in_axes=(0, nn.broadcast))(carry, which, views)[0]
-
-
-def _view(config: LlamaConfig, placed: Placement, sliding: bool) -> View:
-    own = config.sliding_rope if sliding else None
-    rope = config.rope if own is None else own
-    window = config.sliding_window if sliding else None
-    turned = angles(rope, config.head_dim, placed.positions)
-    return View(turned, causal_mask(placed, window))
-
-
-def _both_views(config: LlamaConfig, placed: Placement) -> Views:
-    """Both views, with masks to choose between where one of them has one."""
-    whole, sliding = (_view(config, placed, kind) for kind in (False, True))
-    if whole.mask is None and sliding.mask is not None:
-        whole = whole._replace(mask=explicit_mask(placed))
-    return Views(whole, sliding)
+        views = both_views(config, placed)
+    return layers(x, which, views)[0]
 
 
 class Llama(Block):
@@ -191,14 +160,25 @@ class Llama(Block):
     Attributes:
         scan_layers: One ``nn.scan`` over the layers: compiles in the time of one layer; the
             layers' weights are stacked along axis 0.
+        layers_per_step: Layers that a step of the scan goes through.
         remat: What each layer recomputes in the backward pass, a policy's name or a bool; see
             `lora_jax.models._remat`.
     """
 
     scan_layers: bool = False
+    layers_per_step: int = 1
     remat: bool | str = False
 
-    @nn.compact
+    def setup(self):
+        """Makes the tables, the layers and the head."""
+        config = self.config
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(self, *vocabulary, "embed_tokens")
+        self.layers = layers_of(self, Layer, in_axes=(0, nn.broadcast))
+        self.norm = RmsNorm(**shared(self))
+        if not config.tie_word_embeddings:
+            self.lm_head = head(self, *vocabulary, "lm_head")
+
     def __call__(
         self,
         input_ids: jax.Array,
@@ -225,24 +205,54 @@ class Llama(Block):
         Raises:
             ValueError: Inputs do not fit each other or the model; see `_attention.place`.
         """
+        inputs = {"positions": positions, "segment_ids": segment_ids, "cache": cache}
+        found = self.hidden(input_ids, attention_mask, **inputs)
+        if cache is None:
+            return self.logits(found)
+        hidden, cache = found
+        return self.logits(hidden), cache
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """What the head sees, of the arguments of ``__call__``.
+
+        Returns:
+            ``(B, T, hidden)``, normed; with a ``cache``, that and the new cache.
+        """
         config = self.config
         placed = place(
             *(input_ids, attention_mask, positions, segment_ids, cache),
             max_length=config.max_length,
         )
-        table = embedding(self, config.vocab_size, config.hidden_size, "embed_tokens")
-        x = table(input_ids)
+        x = self.embed_tokens(input_ids)
         if config.scaled_embeddings:  # rounded first, as in the published implementation
             x = x * jnp.asarray(config.hidden_size**0.5, self.dtype)
-        layers = _scanned_layers if self.scan_layers else _unrolled_layers
-        x, new_cache = layers(self, self.remat, Carry(x, placed.cache), placed)
-        x = RmsNorm(**shared(self), name="norm")(x)
-        head = table.attend if config.tie_word_embeddings else self._head()
-        logits = head(x).astype(jnp.float32)
-        return logits if cache is None else (logits, new_cache)
+        through = _scanned_layers if self.scan_layers else _unrolled_layers
+        x, new_cache = through(self.layers, config, Carry(x, placed.cache), placed)
+        x = self.norm(x)
+        return x if cache is None else (x, new_cache)
 
-    def _head(self) -> nn.Dense:
-        return dense(self, self.config.vocab_size, "lm_head", use_bias=False)
+    def logits(self, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """What `hidden` gave, ``(B, T, hidden)``, to ``(B, T, vocab)``.
+
+        Args:
+            hidden: Multiplied in the dtype of the arithmetic.
+            dtype: What the products are summed in, and given back in.
+        """
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.attend(hidden, dtype) if tied else self.lm_head(hidden, dtype)
+
+    @property
+    def head(self) -> str:
+        """The only entry of the parameters that `logits` reads."""
+        return "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
 
 
 def make_module(
@@ -253,6 +263,14 @@ def make_module(
     param_dtype: Any,
     scan_layers: bool,
     remat: bool | str,
+    layers_per_step: int = 1,
 ) -> Llama:
     """The module; see `Llama`."""
-    return Llama(config, dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat)
+    return Llama(
+        config,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        scan_layers=scan_layers,
+        layers_per_step=layers_per_step,
+        remat=remat,
+    )

@@ -118,6 +118,7 @@ def test_the_facts_of_the_card_are_kept(tmp_path, capsys, shelf, profile):
     model = from_pretrained(where, "causal-lm")
     _, trainable, config = load_adapter(shelf.adapter(where, "causal-lm"), model)
     facts = {"evaluation": {"loss": 1 / 3, "BLEU": 66.0}, "data_hash": "sha256:12ab"}
+    facts["quantize"] = "nf4"
     what = save_adapter(tmp_path / "old", trainable, config, model, **facts)
     arguments = ("--base", where, "--adapter", what, "--out", tmp_path / "new")
     assert run(capsys, "export", *arguments, "--profile", profile)[0] == 0

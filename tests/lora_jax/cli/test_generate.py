@@ -100,6 +100,7 @@ def test_beams_and_json(capsys, model):
     assert code == 0
     assert json.loads(out) == {
         "model": str(model),
+        "quantize": None,
         "adapter": None,
         "completions": [{"prompt": "w3 w4", "completion": completion[0]}],
     }

@@ -82,6 +82,7 @@ def test_it_says_what_it_did(tmp_path, capsys, shelf):
         "out": str(tmp_path / "two"),
         "task": SEQUENCE,
         "dtype": "float32",
+        "trained_on": None,
         "adapted": 4,
         "trained_in_full": 2,
         "weights": 41,

@@ -80,8 +80,9 @@ def test_the_facts_are_there(save):
         Facts({"accuracy": 1 / 3, 'Größe 📏: "x"': -2.0, "loss": float("inf")}, "sha256:12ab"),
         Facts({}, "12ab"),
         Facts({"accuracy": 1.0}, None),
+        Facts({}, None, "nf4"),
     ],
-    ids=["none", "both", "data", "evaluation"],
+    ids=["none", "both", "data", "evaluation", "quantised"],
 )
 def test_the_facts_are_read_back_exactly(save, facts):
     directory, card = save(**facts._asdict())
@@ -109,6 +110,12 @@ def test_a_card_of_others_has_no_facts(tmp_path, card):
     assert read_facts(tmp_path) == Facts({}, None)
 
 
+def test_facts_that_do_not_name_a_scheme_are_of_a_plain_base(tmp_path):
+    line = '{"evaluation": {"accuracy": 0.5}, "data_hash": "12ab"}'
+    (tmp_path / "README.md").write_text(f"---\nlora_jax: {line}\n---\n")
+    assert read_facts(tmp_path) == Facts({"accuracy": 0.5}, "12ab", None)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -119,10 +126,11 @@ def test_a_card_of_others_has_no_facts(tmp_path, card):
         '{"evaluation": [], "data_hash": null}',
         '{"evaluation": {"accuracy": "high"}, "data_hash": null}',
         '{"evaluation": {}, "data_hash": 5}',
+        '{"evaluation": {}, "data_hash": null, "quantize": 4}',
         '{"evaluation": {}, "data_hash": null, "more": 1}',
         '{"evaluation": {}, "data_hash": null}\nlora_jax: {}',
     ],
-    ids=["number", "cut", "deep", "half", "list", "words", "hash", "more", "twice"],
+    ids=["number", "cut", "deep", "half", "list", "words", "hash", "scheme", "more", "twice"],
 )
 def test_malformed_facts_are_refused(tmp_path, line):
     (tmp_path / "README.md").write_text(f"---\nlora_jax: {line}\n---\n")
@@ -189,6 +197,7 @@ def test_our_code_runs_where_the_base_has_no_head(tmp_path):
         ({"evaluation": {3: 1.0}}, "must give names numbers"),
         ({"evaluation": {"accuracy": "high"}}, "must give names numbers"),
         ({"data_hash": "a\n# b"}, "`data_hash` must be one line"),
+        ({"quantize": "a\n# b"}, "`quantize` must be the name of a scheme"),
     ],
 )
 def test_facts_that_are_none_are_refused(save, options, match):
@@ -211,3 +220,17 @@ def test_what_a_user_of_the_file_must_know_is_there(tmp_path, family, config, no
     assert re.search(note, card, re.DOTALL)
     assert "AutoModelForCausalLM" in code(card, "PEFT")
     assert front_matter(card)["pipeline_tag"] == "text-generation"
+
+
+def test_the_precision_of_the_base_is_said(tmp_path):
+    base = checkpoint(tmp_path / "base", "bert", TASK)
+    model = from_pretrained(base, quantize="int8")
+    _, trainable = trained(model, lora())
+    directory = save_adapter(tmp_path / "adapter", trainable, lora(), model)
+    card = (directory / "README.md").read_text()
+    assert "trained on the base quantised to int8" in card
+    assert front_matter(card)["lora_jax"]["quantize"] == "int8"
+    plain = save_adapter(tmp_path / "plain", trainable, lora(), from_pretrained(base))
+    assert "quantised" not in (plain / "README.md").read_text()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (directory / name).read_bytes() == (plain / name).read_bytes()

@@ -158,9 +158,8 @@ def test_bfloat16_keeps_softmax_norms_and_rotations_in_float32(load):
 def test_weights_may_be_float32_and_arithmetic_bfloat16(load):
     model = load("qwen3", compute_dtype=jnp.bfloat16, scan_layers=True)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.float32)}
-    logits = jax.jit(model.apply)(model.params, outputs("qwen3")["input_ids"])
-    assert logits.dtype == jnp.float32
-    np.testing.assert_array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
+    hidden = jax.jit(model.hidden)(model.params, outputs("qwen3")["input_ids"])
+    assert hidden.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("scan_layers", FORMS)

@@ -1,0 +1,75 @@
+"""What one process measures: plain values, handed to it as JSON."""
+
+import dataclasses
+import json
+from typing import Any
+
+from .cases import CASES, Case
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One contender on one case.
+
+    Attributes:
+        case: A name of `CASES`.
+        contender: A name of `contenders.CONTENDERS`.
+        warmup: Steps before any is timed, the first one among them.
+        rounds: How often a block of steps is timed.
+        steps: How many steps a block has. They follow each other without a wait, as in training.
+        start_only: Stop after the first step: what remains is what it took to get there.
+        layers: Of ours: ``"unrolled"``, ``"scanned"``, or how many a step of the scan has.
+        remat: Of ours: the policy; None is that of the case.
+        chunk: Of ours: tokens whose logits exist at a time; 0 is all.
+        cache: Directory of JAX's compilation cache; None is none.
+        profile: Directory for a trace and a memory report in place of figures; None is none.
+    """
+
+    case: str
+    contender: str
+    warmup: int = 3
+    rounds: int = 5
+    steps: int = 8
+    start_only: bool = False
+    layers: str = "unrolled"
+    remat: str | None = None
+    chunk: int = 4096
+    cache: str | None = None
+    profile: str | None = None
+
+    @property
+    def work(self) -> Case:
+        """The case itself."""
+        return CASES[self.case]
+
+    def replace(self, **changes: Any) -> "Job":
+        """Another job, these fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def fields(self) -> dict[str, Any]:
+        """Itself as JSON has it."""
+        return dataclasses.asdict(self)
+
+
+def changes_of(variant: str) -> dict[str, Any]:
+    """What a variant of ours changes.
+
+    >>> changes_of("remat=named,chunk=8192")
+    {'remat': 'named', 'chunk': 8192}
+
+    Raises:
+        ValueError: It names something else than an option of ours.
+    """
+    pairs = [part.partition("=") for part in variant.split(",")]
+    changes: dict[str, Any] = {name: value for name, _, value in pairs}
+    if unknown := sorted(set(changes) - {"layers", "remat", "chunk"}):
+        raise ValueError(
+            f"A variant sets layers, remat or chunk, as in 'remat=named,chunk=8192'; it does not "
+            f"set {', '.join(unknown)}."
+        )
+    return changes | ({"chunk": int(changes["chunk"])} if "chunk" in changes else {})
+
+
+def read(text: str) -> Job:
+    """The job of a process's argument."""
+    return Job(**json.loads(text))

@@ -1,0 +1,148 @@
+"""A quantised weight on its way through a jaxpr: dequantised where it is read, and read again.
+
+    dot(x, w)   ->   checkpoint(lambda codes, x: dot(x, dequantize(codes)))
+
+What only moves or casts the weight is put off until then. So the weight itself exists while one
+equation reads it: it is no residual of the backward pass, which dequantises the codes once more.
+A scan and an index over stacked axes slice the codes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from ._axes import moves
+from ._compat import bind
+from ._quantized import QuantizedWeight
+from ._tracked import Step, Tracked
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Later:
+    """An equation that moves the weight, to be bound when something reads it."""
+
+    eqn: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed(Tracked):
+    """A quantised weight inside a jaxpr. Nothing reports that it is dequantised: it has to be.
+
+    Attributes:
+        w: The codes.
+        path: The weight's path.
+        casts: The dtypes that it has been cast to, in order.
+        later: The equations that have moved it since.
+    """
+
+    w: QuantizedWeight
+    labels: tuple = dataclasses.field(default=(), metadata={"static": True})
+    path: str = dataclasses.field(default="", metadata={"static": True})
+    spread: tuple = dataclasses.field(default=(), kw_only=True, metadata={"static": True})
+    casts: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+    later: tuple[Later, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    reported = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the function sees it to be."""
+        return self.later[-1].eqn.outvars[0].aval.shape if self.later else self.w.shape
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has by now."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """What it has been cast to."""
+        return self.casts[-1] if self.casts else self.w.dtype
+
+    def materialize(self) -> jax.Array:
+        """The plain weight."""
+        weight = self.w.dequantize()
+        for dtype in self.casts:
+            weight = weight.astype(dtype)
+        for move in self.later:
+            (weight,) = bind(move.eqn, [weight])
+        return weight
+
+    def apply(self, step: Step) -> list[Any]:
+        name = step.eqn.primitive.name
+        if name == "convert_element_type" and _is_float(step.eqn.params["new_dtype"]):
+            return [dataclasses.replace(self, casts=(*self.casts, step.eqn.params["new_dtype"]))]
+        if self._is_stacked() and name in _SLICES:
+            sliced = _SLICES[name](self, step)
+            if sliced is not None:
+                return [sliced]
+        if len(step.operands) == 1 and len(moves(step.eqn, step.operands) or ()) == 1:
+            return [dataclasses.replace(self, later=(*self.later, Later(step.eqn)))]
+        return self._read(step)
+
+    def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+        if not self._is_stacked():
+            return [self.materialize()], lambda slices: slices[0]
+        codes, treedef = jax.tree.flatten(self.w)
+        return codes, lambda slices: self._inside(treedef.unflatten(slices))
+
+    def _read(self, step: Step) -> list[Any]:
+        """The equation as it stands, on a weight that is dequantised for it alone."""
+        others = [v for i, v in enumerate(step.operands) if i != step.position]
+
+        def read(packed, *others):
+            operands = list(others)
+            operands.insert(step.position, packed.materialize())
+            return bind(step.eqn, operands)
+
+        return jax.checkpoint(read)(self, *others)
+
+    def _is_stacked(self) -> bool:
+        """Whether axis 0 is a stacked one, which the codes have too."""
+        return not self.later and self.w.layout[0] == "stack"
+
+    def _inside(self, codes: QuantizedWeight) -> "Packed":
+        """One of the stacked weights: codes whose leading axis is gone."""
+        return dataclasses.replace(self, w=dataclasses.replace(codes, layout=codes.layout[1:]))
+
+
+def _slice(packed: Packed, step: Step) -> Packed | None:
+    params, shape = step.eqn.params, packed.shape
+    strides = params["strides"] or (1,) * len(shape)
+    bounds = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
+    if bounds[1:] != [(0, size, 1) for size in shape[1:]]:
+        return None
+    return _codes(packed, lambda leaf: lax.slice_in_dim(leaf, *bounds[0]))
+
+
+def _dynamic_slice(packed: Packed, step: Step) -> Packed | None:
+    size, *rest = step.eqn.params["slice_sizes"]
+    if tuple(rest) != packed.shape[1:]:
+        return None
+    start = step.operands[1]
+    return _codes(packed, lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size))
+
+
+def _squeeze(packed: Packed, step: Step) -> Packed | None:
+    if step.eqn.params["dimensions"] != (0,):
+        return None
+    return packed._inside(jax.tree.map(lambda leaf: leaf[0], packed.w))
+
+
+def _codes(packed: Packed, cut: Callable[[jax.Array], jax.Array]) -> Packed:
+    return dataclasses.replace(packed, w=jax.tree.map(cut, packed.w))
+
+
+def _is_float(dtype: Any) -> bool:
+    return jax.numpy.issubdtype(dtype, jax.numpy.floating)
+
+
+_SLICES: dict[str, Callable[[Packed, Step], Packed | None]] = {
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "squeeze": _squeeze,
+}
