@@ -111,6 +111,20 @@ def _squeeze(eqn, shape, operands):
     return [Move(tuple((axis,) for axis in kept), lambda part, owned: lax.squeeze(part, dropped))]
 
 
+def _unstack(eqn, shape, operands):
+    axis = eqn.params["axis"]
+    sources = tuple((kept,) for kept in range(len(shape)) if kept != axis)
+
+    def at(index):
+        def apply(part, owned):
+            one = lax.slice_in_dim(part, index, index + 1, axis=axis) if owned[axis] else part
+            return lax.squeeze(one, (axis,))
+
+        return apply
+
+    return [Move(sources, at(index)) for index in range(shape[axis])]
+
+
 def _broadcast_in_dim(eqn, shape, operands):
     target, placed = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     sources: list[tuple[int, ...]] = [()] * len(target)
@@ -223,6 +237,7 @@ _RULES: dict[str, Callable[..., list[Move] | None]] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "slice": _slice,
     "split": _split,
+    "unstack": _unstack,
     "dynamic_slice": _dynamic_slice,
     "rev": _rev,
     "reshard": _reshard,

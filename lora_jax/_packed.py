@@ -79,7 +79,7 @@ class Packed(Tracked):
         if self._is_stacked() and name in _SLICES:
             sliced = _SLICES[name](self, step)
             if sliced is not None:
-                return [sliced]
+                return sliced
         if len(step.operands) == 1 and len(moves(step.eqn, step.operands) or ()) == 1:
             return [dataclasses.replace(self, later=(*self.later, Later(step.eqn)))]
         return self._read(step)
@@ -91,7 +91,11 @@ class Packed(Tracked):
         return codes, lambda slices: self._inside(treedef.unflatten(slices))
 
     def _read(self, step: Step) -> list[Any]:
-        """The equation as it stands, on a weight that is dequantised for it alone."""
+        """The equation as it stands, on a weight that is dequantised for it alone.
+
+        The codes pass a barrier together with the other operands: left alone, a compiler
+        dequantises the weights of all layers at the start, since nothing has to be waited for.
+        """
         others = [v for i, v in enumerate(step.operands) if i != step.position]
 
         def read(packed, *others):
@@ -99,7 +103,8 @@ class Packed(Tracked):
             operands.insert(step.position, packed.materialize())
             return bind(step.eqn, operands)
 
-        return jax.checkpoint(read)(self, *others)
+        codes, others = lax.optimization_barrier((self.w, others))
+        return jax.checkpoint(read)(dataclasses.replace(self, w=codes), *others)
 
     def _is_stacked(self) -> bool:
         """Whether axis 0 is a stacked one, which the codes have too."""
@@ -110,27 +115,34 @@ class Packed(Tracked):
         return dataclasses.replace(self, w=dataclasses.replace(codes, layout=codes.layout[1:]))
 
 
-def _slice(packed: Packed, step: Step) -> Packed | None:
+def _slice(packed: Packed, step: Step) -> list[Any] | None:
     params, shape = step.eqn.params, packed.shape
     strides = params["strides"] or (1,) * len(shape)
     bounds = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
     if bounds[1:] != [(0, size, 1) for size in shape[1:]]:
         return None
-    return _codes(packed, lambda leaf: lax.slice_in_dim(leaf, *bounds[0]))
+    return [_codes(packed, lambda leaf: lax.slice_in_dim(leaf, *bounds[0]))]
 
 
-def _dynamic_slice(packed: Packed, step: Step) -> Packed | None:
+def _dynamic_slice(packed: Packed, step: Step) -> list[Any] | None:
     size, *rest = step.eqn.params["slice_sizes"]
     if tuple(rest) != packed.shape[1:]:
         return None
     start = step.operands[1]
-    return _codes(packed, lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size))
+    return [_codes(packed, lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size))]
 
 
-def _squeeze(packed: Packed, step: Step) -> Packed | None:
+def _squeeze(packed: Packed, step: Step) -> list[Any] | None:
     if step.eqn.params["dimensions"] != (0,):
         return None
-    return packed._inside(jax.tree.map(lambda leaf: leaf[0], packed.w))
+    return [packed._inside(jax.tree.map(lambda leaf: leaf[0], packed.w))]
+
+
+def _unstack(packed: Packed, step: Step) -> list[Any] | None:
+    if step.eqn.params["axis"] != 0:
+        return None
+    rows = range(packed.shape[0])
+    return [packed._inside(jax.tree.map(lambda leaf: leaf[row], packed.w)) for row in rows]
 
 
 def _codes(packed: Packed, cut: Callable[[jax.Array], jax.Array]) -> Packed:
@@ -141,8 +153,9 @@ def _is_float(dtype: Any) -> bool:
     return jax.numpy.issubdtype(dtype, jax.numpy.floating)
 
 
-_SLICES: dict[str, Callable[[Packed, Step], Packed | None]] = {
+_SLICES: dict[str, Callable[[Packed, Step], list[Any] | None]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "squeeze": _squeeze,
+    "unstack": _unstack,
 }

@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
-from ._tracked import Step
+from ._joined import joined, pays
+from ._tracked import Step, Tracked
 
 LOW_RANK = "low_rank"
 """What ``x @ a`` is named for policies of `jax.checkpoint`."""
@@ -40,9 +41,41 @@ def _dot_general(weight: Factored, step: Step) -> list[Any] | None:
     order = _order(weight, spent)
     if order is None or _is_complex(x):
         return None
+    if _can_join(weight, step, order):
+        return [_join(weight, step)]
     base = step.bind(weight.w)[0]
     update = _low_rank(weight, step, _dropped(weight, step, x), x_axes, out_axes, order, base)
     return [base + update]
+
+
+def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
+    """Whether it is ``x @ w`` of a plain matrix, whole on every device, and `_joined` pays."""
+    (contracting, batch), x = step.eqn.params["dimension_numbers"], step.operands[0]
+    is_plain = step.position == 1 and weight.w.ndim == 2 and not isinstance(weight.w, Tracked)
+    if not (is_plain and order == (0, 1) and len(contracting[0]) == 1 and not batch[0]):
+        return False
+    (spent,) = contracting[1]
+    ins, outs = weight.w.shape[spent], weight.w.shape[1 - spent]
+    matches = weight.labels[spent] == "in" and weight.labels[1 - spent] == "out"
+    is_whole = not any(jax.typeof(weight.w).sharding.spec)
+    matches = matches and is_whole and x.dtype == weight.w.dtype
+    return matches and pays(x.size // max(1, ins), ins, outs)
+
+
+def _join(weight: Factored, step: Step) -> jax.Array:
+    """``[x (x @ a)] @ [w; scale * b]``."""
+    params = step.eqn.params
+    ((mine,), (spent,)), _ = params["dimension_numbers"]
+    x, dtype = step.operands[0], weight.w.dtype
+    (a, _), (b, _) = weight.compact(0), weight.compact(1)
+    t = lax.dot_general(
+        _dropped(weight, step, x), a.astype(dtype), (((mine,), (0,)), ((), ())),
+        precision=params["precision"],
+    )  # fmt: skip
+    t = checkpoint_name(jnp.moveaxis(t.astype(dtype), -1, mine), LOW_RANK)
+    b = jnp.moveaxis((weight.scale * b).astype(dtype), -1, spent)
+    wanted = {name: params[name] for name in ("precision", "preferred_element_type")}
+    return joined(x, t, weight.w, b, (mine, spent), **wanted)
 
 
 def _order(weight: Factored, spent: Sequence[int]) -> tuple[int, int] | None:

@@ -33,8 +33,12 @@ class QuantizedWeight:
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
 
-    def matrices(self) -> jax.Array:
-        """The values, float32: ``(*stack, out, in)``, out and in axes each flattened to one."""
+    def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The values, ``(*stack, out, in)``: out and in axes each flattened to one.
+
+        Args:
+            dtype: What they, computed in float32, are rounded to.
+        """
         raise NotImplementedError
 
     @property
@@ -66,10 +70,8 @@ class QuantizedWeight:
     def dequantize(self) -> jax.Array:
         """The weight, of its own shape and dtype: computed in float32 and rounded once."""
         order = matrix_order(self.layout)
-        values = self.matrices().reshape([self.shape[axis] for axis in order])
-        return jnp.transpose(values, [order.index(axis) for axis in range(self.ndim)]).astype(
-            self.dtype
-        )
+        values = self.matrices(self.dtype).reshape([self.shape[axis] for axis in order])
+        return jnp.transpose(values, [order.index(axis) for axis in range(self.ndim)])
 
     def astype(self, dtype: Any) -> "QuantizedWeight":
         """The same codes, giving back another dtype."""

@@ -15,7 +15,7 @@ from .config import Config, lora_config
 from .tasks import Model, Task
 
 Key = jax.Array
-CHUNK = 4096  # tokens of a device: enough to fill one, and 2 GB of logits of 128k words
+CHUNK = 1024  # tokens of a device: enough to fill one, and 0.5 GB of logits of 128k words
 
 
 class Keys(NamedTuple):

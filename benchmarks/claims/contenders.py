@@ -23,7 +23,7 @@ from ..step import loss, weights
 from .shapes import Shape
 
 ALPHA = 16.0  # no figure depends on it
-CHUNK = 4096  # tokens whose logits exist at a time, as in the train application
+CHUNK = 1024  # tokens whose logits exist at a time, as in the train application
 CONFIG = "config.json"
 
 

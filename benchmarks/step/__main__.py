@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--chunk",
         type=int,
-        default=4096,
+        default=1024,
         help="tokens of the loss at a time; 0 is all (%(default)s)",
     )
     add("--variants", nargs="+", default=[], help="more rows of ours: remat=named,chunk=8192 ...")

@@ -30,11 +30,13 @@ class Case:
     Attributes:
         shape: The model, its targets and rank, and the size of a batch.
         remat: Whether every layer is recomputed in the backward pass, by every contender.
+        policy: What ours recomputes where it is not every layer; see `lora_jax.models._remat`.
         scheme: What the base is quantised in; None is bfloat16.
     """
 
     shape: Shape
     remat: bool = False
+    policy: str = "none"
     scheme: str | None = None
 
     @property
@@ -49,10 +51,10 @@ def _case(size: str, **options: Any) -> Case:
 
 
 CASES: Mapping[str, Case] = {
-    "llama-1b": _case("llama-1b"),
+    "llama-1b": _case("llama-1b", policy="named"),
     "llama-1b-remat": _case("llama-1b", remat=True),
-    "llama-8b": _case("llama-8b"),
-    "llama-8b-nf4": _case("llama-8b", scheme="nf4"),
+    "llama-8b": _case("llama-8b", policy="named"),
+    "llama-8b-nf4": _case("llama-8b", policy="named", scheme="nf4"),
     "llama-8b-nf4-remat": _case("llama-8b", scheme="nf4", remat=True),
     "gpt2-medium": _case("gpt2-medium"),
     "roberta-base": _case("roberta-base"),

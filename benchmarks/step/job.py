@@ -33,7 +33,7 @@ class Job:
     start_only: bool = False
     layers: str = "unrolled"
     remat: str | None = None
-    chunk: int = 4096
+    chunk: int = 1024
     cache: str | None = None
     profile: str | None = None
 

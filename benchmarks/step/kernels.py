@@ -26,11 +26,13 @@ class Event(NamedTuple):
         kernel: Its own name.
         operation: The program's operation, empty if the trace does not say.
         nanoseconds: How long.
+        begun: When, in nanoseconds.
     """
 
     kernel: str
     operation: str
     nanoseconds: float
+    begun: float = 0.0
 
 
 def tables(trace: Path, program: str, steps: int, count: int) -> str:
@@ -57,6 +59,24 @@ def tables(trace: Path, program: str, steps: int, count: int) -> str:
         rows = summed([(name_of(event), event) for event in found])[:count]
         parts.append(_table(title, rows, names if title == "Operations" else {}, steps, whole))
     return "\n\n".join(parts)
+
+
+def timeline(trace: Path, program: str, steps: int) -> str:
+    """The last step, a kernel a line: when (ms), how long (ms), operation, place, kernel.
+
+    Args:
+        trace: The directory of the trace.
+        program: The text of the compiled program.
+        steps: How many steps were traced.
+    """
+    found = sorted(events(trace), key=lambda event: event.begun)
+    last, names = found[-(len(found) // steps) :], names_of(program)
+    lines = ["begun\tms\toperation\tplace\tkernel"]
+    for event in last:
+        times = f"{(event.begun - last[0].begun) / 1e6:.3f}", f"{event.nanoseconds / 1e6:.4f}"
+        said = event.operation, names.get(event.operation, ""), event.kernel[:WIDTH]
+        lines.append("\t".join((*times, *said)))
+    return "\n".join(lines) + "\n"
 
 
 def summed(named: list[tuple[str, Event]]) -> list[tuple[str, float, int]]:
@@ -87,7 +107,7 @@ def events(trace: Path) -> Iterator[Event]:
             for event in line.events:
                 operation = _operation(event)
                 if devices or (operation and event.name == operation):
-                    yield Event(event.name, operation, event.duration_ns)
+                    yield Event(event.name, operation, event.duration_ns, event.start_ns)
 
 
 def _operation(event: object) -> str:

@@ -71,7 +71,7 @@ def make_model(job: Job) -> models.Pretrained:
             case.shape.task,
             dtype=jnp.bfloat16,
             **layers(job.layers),
-            remat=job.remat or ("full" if case.remat else "none"),
+            remat=job.remat or ("full" if case.remat else case.policy),
             abstract=True,
             quantize=case.scheme,
         )

@@ -1,6 +1,7 @@
 """Where a step's time and memory go: a trace by kernel and operation, the buffers at the peak.
 
     DIR/profile.md      tables: the longest kernels and operations, the largest buffers
+    DIR/timeline.tsv    one step, a kernel a line
     DIR/trace/          the trace itself, for TensorBoard or Perfetto
     DIR/xla/            the program, and what is alive when
 
@@ -34,6 +35,8 @@ def profile(compiled: Any, advance: Callable[[], Any], directory: Path) -> None:
         jax.block_until_ready(advance())
     program = compiled.as_text()
     (directory / "program.txt").write_text(program, encoding="utf-8")
+    lines = _or_why(lambda: kernels.timeline(trace, program, STEPS))
+    (directory / "timeline.tsv").write_text(lines, encoding="utf-8")
     report = [
         f"# Profile of {STEPS} steps",
         _or_why(lambda: kernels.tables(trace, program, STEPS, LONGEST)),

@@ -39,6 +39,6 @@ class Fp8Weight(QuantizedWeight):
         divisor = jnp.where(scale == 0, 1.0, scale)[:, None]
         return cls((matrix / divisor).astype(jnp.float8_e4m3fn), scale=scale, **fields)
 
-    def matrices(self) -> jax.Array:
-        """The values, float32: ``(*stack, out, in)``."""
-        return self.codes.astype(jnp.float32) * self.scale[..., None]
+    def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The values, computed in float32 and rounded to ``dtype``: ``(*stack, out, in)``."""
+        return (self.codes.astype(jnp.float32) * self.scale[..., None]).astype(dtype)

@@ -42,6 +42,6 @@ class Int8Weight(QuantizedWeight):
         codes = jnp.round(matrix * (127 * (1 / divisor))).astype(jnp.int8)
         return cls(codes, absmax=absmax, **fields)
 
-    def matrices(self) -> jax.Array:
-        """The values, float32: ``(*stack, out, in)``."""
-        return self.codes.astype(jnp.float32) * self.absmax[..., None] * _STEP
+    def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The values, computed in float32 and rounded to ``dtype``: ``(*stack, out, in)``."""
+        return (self.codes.astype(jnp.float32) * self.absmax[..., None] * _STEP).astype(dtype)

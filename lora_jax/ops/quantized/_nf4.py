@@ -59,8 +59,8 @@ class Nf4Weight(QuantizedWeight):
             absmax, scale = encode_absmax(absmax, offset)
         return cls(codes, absmax=absmax, scale=scale, offset=offset, block=block, **fields)
 
-    def matrices(self) -> jax.Array:
-        """The values, float32: ``(*stack, out, in)``."""
+    def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The values, computed in float32 and rounded to ``dtype``: ``(*stack, out, in)``."""
         absmax = self.absmax
         if self.scale is not None and self.offset is not None:
             absmax = decode_absmax(absmax, self.scale, self.offset)
@@ -69,7 +69,7 @@ class Nf4Weight(QuantizedWeight):
             math.prod(n for n, kind in zip(self.sizes, kinds, strict=True) if kind == wanted)
             for wanted in ("out", "in")
         )
-        values = decode_blocks(self.codes, absmax, self.block)
+        values = decode_blocks(self.codes, absmax, self.block, dtype)
         return values[..., : n_out * n_in].reshape((*self.stack, n_out, n_in))
 
 
@@ -89,22 +89,39 @@ def encode_blocks(flat: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     return codes[:, 0] << 4 | codes[:, 1], absmax
 
 
-def decode_blocks(codes: jax.Array, absmax: jax.Array, block: int) -> jax.Array:
-    """The values, float32: ``(*stack, blocks * block)``, zeros after the last one.
+def decode_blocks(
+    codes: jax.Array, absmax: jax.Array, block: int, dtype: Any = jnp.float32
+) -> jax.Array:
+    """The values, ``(*stack, blocks * block)``, zeros after the last one.
 
-    Elementwise but for a look-up in 16 values, so it fuses into what reads it.
+    Elementwise but for look-ups in 16 values, so it fuses into what reads it.
 
     Args:
         codes: uint8 ``(*stack, bytes)``.
         absmax: float32 ``(*stack, blocks)``.
         block: Entries a block.
+        dtype: What the values, products in float32, are rounded to.
     """
     *stack, blocks = absmax.shape
-    halves = np.array([4, 0], np.uint8).reshape((1,) * codes.ndim + (2,))
-    values = _look_up(NF4, (codes[..., None] >> halves) & 15).reshape((*stack, -1))
-    missing = blocks * block - values.shape[-1]
-    values = jnp.pad(values, [(0, 0)] * len(stack) + [(0, missing)])
-    return (values.reshape((*stack, blocks, block)) * absmax[..., None]).reshape((*stack, -1))
+    missing = blocks * block // 2 - codes.shape[-1]
+    codes = jnp.pad(codes, [(0, 0)] * len(stack) + [(0, missing)])
+    rows = codes.reshape((*stack, blocks, block // 2))
+    halves = (_look_up(NF4, half) * absmax[..., None] for half in (rows >> 4, rows & 15))
+    return _interleaved(*(half.astype(dtype) for half in halves)).reshape((*stack, -1))
+
+
+def _interleaved(first: jax.Array, second: jax.Array) -> jax.Array:
+    """One of each, in turns: ``(..., n)`` twice to ``(..., n, 2)``.
+
+    A byte of codes becomes one word of two values of 16 bits, which a GPU writes at once: a
+    product with the result took 5 % less on an H200 (benchmarks/NOTES.md).
+    """
+    if first.dtype.itemsize != 2:
+        return jnp.stack([first, second], -1)
+    low, high = (
+        lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in (first, second)
+    )
+    return lax.bitcast_convert_type(low | high << 16, first.dtype)
 
 
 def encode_absmax(absmax: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
