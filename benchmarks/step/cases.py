@@ -57,7 +57,7 @@ CASES: Mapping[str, Case] = {
     "llama-8b-nf4": _case("llama-8b", policy="named", scheme="nf4"),
     "llama-8b-nf4-remat": _case("llama-8b", scheme="nf4", remat=True),
     "gpt2-medium": _case("gpt2-medium"),
-    "roberta-base": _case("roberta-base"),
+    "roberta-base": _case("roberta-base", policy="dots"),
     "tiny": _case("tiny"),
     "tiny-remat": _case("tiny", remat=True),
     "tiny-nf4": _case("tiny", scheme="nf4"),
