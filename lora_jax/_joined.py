@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-
 BACKENDS = ("gpu",)
 
 

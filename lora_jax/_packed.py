@@ -141,8 +141,9 @@ def _squeeze(packed: Packed, step: Step) -> list[Any] | None:
 def _unstack(packed: Packed, step: Step) -> list[Any] | None:
     if step.eqn.params["axis"] != 0:
         return None
+    codes, treedef = jax.tree.flatten(packed.w)
     rows = range(packed.shape[0])
-    return [packed._inside(jax.tree.map(lambda leaf: leaf[row], packed.w)) for row in rows]
+    return [packed._inside(treedef.unflatten([leaf[row] for leaf in codes])) for row in rows]
 
 
 def _codes(packed: Packed, cut: Callable[[jax.Array], jax.Array]) -> Packed:

@@ -37,9 +37,7 @@ def normal(seed, *shape):
 def matrices(spent):
     """``x, t, w, b``, summed over these axes."""
     x, t = (jnp.moveaxis(normal(n, 4, 5, size), -1, spent[0]) for n, size in ((0, INS), (1, RANK)))
-    w, b = (
-        jnp.moveaxis(normal(n, size, OUTS), 0, spent[1]) for n, size in ((2, INS), (3, RANK))
-    )
+    w, b = (jnp.moveaxis(normal(n, size, OUTS), 0, spent[1]) for n, size in ((2, INS), (3, RANK)))
     return x, t, w, b
 
 
