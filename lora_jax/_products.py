@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
 from ._joined import joined, pays
-from ._tracked import Step, Tracked
+from ._tracked import Step, holds_codes
 
 LOW_RANK = "low_rank"
 """What ``x @ a`` is named for policies of `jax.checkpoint`."""
@@ -51,7 +51,7 @@ def _dot_general(weight: Factored, step: Step) -> list[Any] | None:
 def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
     """Whether it is ``x @ w`` of a plain matrix, whole on every device, and `_joined` pays."""
     (contracting, batch), x = step.eqn.params["dimension_numbers"], step.operands[0]
-    is_plain = step.position == 1 and weight.w.ndim == 2 and not isinstance(weight.w, Tracked)
+    is_plain = step.position == 1 and weight.w.ndim == 2 and not holds_codes(weight)
     if not (is_plain and order == (0, 1) and len(contracting[0]) == 1 and not batch[0]):
         return False
     (spent,) = contracting[1]

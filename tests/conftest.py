@@ -1,17 +1,24 @@
 """One strict JAX for every test: eight CPU devices, no silent rank promotion, no warnings.
 
 The environment is set before anything imports JAX, and processes that tests start inherit it.
+
+Programs are compiled fast rather than well: most run once. The same HLO goes in, so what XLA
+counts in it (flops, bytes, collectives) stays; `compiled_as_users_do` is for tests of bits.
 """
 
 import os
 from pathlib import Path
 
-DEVICES = 8
-COUNT_FLAG = "--xla_force_host_platform_device_count"
+XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_cpu_parallel_codegen_split_count": 1,  # threads that compile: every core runs tests
+}
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT_FLAG}={DEVICES}".strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+flags = os.environ.get("XLA_FLAGS", "")
+given = [f"{name}={value}" for name, value in XLA_FLAGS.items() if name not in flags]
+os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *given])
 # Nothing here may ask a hub; a test that tries fails at once instead of hanging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,6 +36,19 @@ hypothesis.settings.register_profile(
     "ci", hypothesis.settings.get_profile("local"), derandomize=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="module")
+def compiled_as_users_do():
+    """All optimisations of the compiler, for a module whose tests compare what rounding leaves."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    # What was compiled the other way rounds differently, and would be found again.
+    jax.clear_caches()
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

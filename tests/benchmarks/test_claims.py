@@ -79,8 +79,7 @@ def command(tmp_path_factory):
     out = tmp_path_factory.mktemp("claims")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(jobs.GRIDS, "cpu", SMALL)
-        # Its processes compile fast rather than well, and what two of them need once.
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        # What two of its processes need is compiled once.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(out / "cache"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         arguments = ["--parts", "a", "b", "c", "d", "--sizes", "tiny", "--seconds", "0.05"]

@@ -18,7 +18,6 @@ from benchmarks.step.job import Job
 from benchmarks.step.table import GIB, ratios, tables
 
 ROOT = Path(__file__).parents[2]
-FAST = "--xla_backend_optimization_level=0"  # of compilation: what runs is small
 # A step of 8 rows of 512 tokens.
 CASE = CASES["gpt2-medium"]
 STEP = {"median": 0.1, "least": 0.09, "most": 0.12}
@@ -165,7 +164,7 @@ def finished(tmp_path_factory):
     done = subprocess.run(
         (sys.executable, "-m", "benchmarks.step", *arguments, *steps),
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": FAST},
+        env=os.environ | {"XLA_FLAGS": ""},
         capture_output=True,
         text=True,
     )
