@@ -95,6 +95,7 @@ class Packed(Tracked):
 
         The codes pass a barrier together with the other operands: left alone, a compiler
         dequantises the weights of all layers at the start, since nothing has to be waited for.
+        They have no gradient; JAX 0.10 would form one because the barrier joins them.
         """
         others = [v for i, v in enumerate(step.operands) if i != step.position]
 
@@ -104,6 +105,7 @@ class Packed(Tracked):
             return bind(step.eqn, operands)
 
         codes, others = lax.optimization_barrier((self.w, others))
+        codes = jax.tree.map(lax.stop_gradient, codes)
         return jax.checkpoint(read)(dataclasses.replace(self, w=codes), *others)
 
     def _is_stacked(self) -> bool:
