@@ -146,7 +146,7 @@ def check(
 ) -> Check:
     """Compares the base, the adapted and the merged model on a few examples.
 
-    Of a quantised base only one weight is merged: see `merge_smallest`.
+    Of a quantised base only one weight is merged: see `smallest`.
     """
     task, evaluation = task_of(config), sets.evaluation
     rows = np.arange(min(EXAMPLES, len(evaluation.sizes)))
@@ -156,13 +156,13 @@ def check(
     with jax.default_matmul_precision("highest"):  # a GPU would round float32 to 10 bits
         base = plain(model.params)
         logits = adapted(lora_jax.combine(frozen, trainable))
-        merge = lora_jax.merge if model.quantize is None else merge_smallest
-        merged = plain(merge(frozen, trainable))
+        chosen = trainable if model.quantize is None else smallest(frozen, trainable)
+        merged = plain(merge_some(frozen, trainable, chosen))
     done = Check(
         size,
         float(jnp.abs(logits - base).max()),
         float(jnp.abs(logits - merged).max()),
-        tolerance(model, trainable, logits),
+        tolerance(model, chosen, logits),
     )
     if not done.moved > 0:
         raise ValueError(f"{directory}: the adapted model gives the base model's logits.")
@@ -174,25 +174,30 @@ def check(
     return done
 
 
-def merge_smallest(frozen: Any, trainable: Any) -> Any:
-    """Combines the halves, the smallest adapted weight merged and the others as they trained.
+def smallest(frozen: Any, trainable: Any) -> dict[str, Any]:
+    """The smallest of the adapted weights: its path and factors.
 
     Of a quantised base the whole, merged, may be more than the device holds.
     """
     leaves: dict[str, Any] = dict(flatten_dict(frozen, sep="/"))
     adapted = [path for path, weight in trainable.items() if isinstance(weight, lora_jax.Factors)]
-    chosen = sorted(adapted, key=lambda path: leaves[path].size)[:1]
+    return {path: trainable[path] for path in sorted(adapted, key=lambda p: leaves[p].size)[:1]}
+
+
+def merge_some(frozen: Any, trainable: Any, chosen: Any) -> Any:
+    """Combines the halves, the chosen weights merged and the others as they trained."""
+    if chosen is trainable:
+        return lora_jax.merge(frozen, trainable)
+    leaves: dict[str, Any] = dict(flatten_dict(frozen, sep="/"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lora_jax.DequantizedMergeWarning)  # as it trained
-        merged = lora_jax.merge(
-            {path: leaves[path] for path in chosen}, {path: trainable[path] for path in chosen}
-        )
+        merged = lora_jax.merge({path: leaves[path] for path in chosen}, chosen)
     rest = {path: weight for path, weight in trainable.items() if path not in chosen}
     return lora_jax.combine(unflatten_dict(leaves | merged, sep="/"), rest)
 
 
 def tolerance(model: models.Pretrained, trainable: Any, logits: jax.Array) -> float:
-    """How far rounding alone may move logits when adapters are merged.
+    """How far rounding alone may move logits when these adapters are merged.
 
     Merging rounds every weight once, to the weight's precision, and sums in another order, in
     the arithmetic's precision. Independent roundings of the terms of a sum of n move it by about

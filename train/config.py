@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 import lora_jax
+from lora_jax.models import REMAT_POLICIES
 
 from .traits import TRAITS, Metric, Task
 
@@ -57,6 +58,19 @@ class ModelSection(Section):
     """What each layer computes again in the backward pass, to save memory: `none`; `named` (what
     takes no product); `dots` (all but products of matrices); `attention` (all but the results of
     attention); `full`; or a policy of `jax.checkpoint_policies`."""
+
+    @field_validator("remat")
+    @classmethod
+    def _a_policy(cls, value: str) -> str:
+        if value not in REMAT_POLICIES:
+            raise ValueError(f"give one of {', '.join(REMAT_POLICIES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _steps_of_a_scan(self):
+        if self.layers_per_step > 1 and not self.scan_layers:
+            raise ValueError("`layers_per_step` needs `scan_layers: true` beside it")
+        return self
 
 
 class LoraSection(Section):

@@ -21,8 +21,8 @@ SPARE = 5.0  # seconds, to write what there is
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; exit code 1 if a contender that could run gave no figures."""
     chosen = parse(arguments)
-    for variant in chosen.variants:
-        changes_of(variant)  # what is wrong with it is said before anything runs
+    changes = [changes_of(variant) for variant in chosen.variants]  # wrong ones are said at once
+    check_remat(chosen.cases, [chosen.remat, *(change.get("remat") for change in changes)])
     end = time.monotonic() + 60 * chosen.minutes - SPARE
     out = Path(chosen.out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +64,16 @@ def row(name: str, job: Job, chosen: argparse.Namespace, end: float, log: Path) 
         place = str(Path(chosen.profile).resolve() / job.case)
         found["profile"] = run(job.replace(profile=place, cache=None, rounds=1, steps=2))["status"]
     return found
+
+
+def check_remat(cases: Sequence[str], policies: Sequence[str | None]) -> None:
+    """Refuses to keep what every other contender of a case recomputes."""
+    recomputed = [case for case in cases if CASES[case].remat]
+    if recomputed and (others := [p for p in policies if p not in (None, "full")]):
+        raise SystemExit(
+            f"In {', '.join(recomputed)} every contender recomputes every layer; "
+            f"--remat {others[0]} would not. Leave one of them out."
+        )
 
 
 def jobs(case: str, chosen: argparse.Namespace, cache: Path) -> Iterator[tuple[str, Job]]:

@@ -58,7 +58,7 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     "peft-bf16": Contender(module=_PEFT, is_what="PEFT, bfloat16 factors", needs=_TORCH),
 }
-DEFAULT = (OURS, "unsloth", "peft", "liger", "peft-compile")
+DEFAULT = (OURS, "unsloth", "peft", "peft-autocast", "liger", "peft-compile")
 
 
 def why_not(name: str, case: Case) -> str | None:

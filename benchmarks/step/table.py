@@ -84,7 +84,7 @@ def _cells(row: Row, ours: Mapping[str, Any], case: Case) -> list[str]:
         _number(_over(found["peak"], GIB), ".2f"),
         _number(ratio["memory"], ".2f"),
         f"{step['median']:.1f} ({step['least']:.1f} to {step['most']:.1f})",
-        f"{row['first_step_seconds']:.1f}",
+        f"{(row.get('cold') or row)['first_step_seconds']:.1f}",
         _number(ratio["use"], ".1%"),
         f"{row['loss']:.3f}",
     ]

@@ -15,6 +15,7 @@ from ._flax_params import (
 )
 from ._matching import NewHeadWarning as NewHeadWarning
 from ._pretrained import Pretrained as Pretrained, from_pretrained as from_pretrained
+from ._remat import REMAT_POLICIES as REMAT_POLICIES
 from ._save import save_merged as save_merged, save_pretrained as save_pretrained
 from .bert import Bert as Bert, BertConfig as BertConfig
 from .gpt2 import Gpt2 as Gpt2, Gpt2Config as Gpt2Config

@@ -83,7 +83,9 @@ class Pretrained:
             **kwargs: Likewise: ``positions``, ``segment_ids`` and ``cache`` of a decoder.
 
         Returns:
-            Logits; with a ``cache``, logits and the new cache.
+            Logits, float32; with a ``cache``, logits and the new cache. Where the arithmetic is
+            in bfloat16, a loss of them is differentiated through a product in float32: `hidden`,
+            `logits` and `lora_jax.ops.with_gradient_of` avoid it.
         """
         options = {"dropout_key": dropout_key, **kwargs}
         return self._run("__call__", params, input_ids, attention_mask, *args, **options)

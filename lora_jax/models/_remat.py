@@ -59,7 +59,7 @@ _POLICIES = (
     "dots_with_no_batch_dims_saveable",
     "checkpoint_dots_with_no_batch_dims",
 )
-POLICIES = ("none", *_OWN, *_POLICIES)
+REMAT_POLICIES = ("none", *_OWN, *_POLICIES)
 
 
 def remat_layer(layer: type[nn.Module], remat: bool | str, *, scanned: bool) -> type[nn.Module]:
@@ -67,7 +67,7 @@ def remat_layer(layer: type[nn.Module], remat: bool | str, *, scanned: bool) -> 
 
     Args:
         layer: A Linen module's class.
-        remat: A name of `POLICIES`; True is ``"full"``, False is ``"none"``.
+        remat: A name of `REMAT_POLICIES`; True is ``"full"``, False is ``"none"``.
         scanned: Whether a scan applies it: there nothing could be shared by the compiler, and
             the barrier against that is left out.
 
@@ -75,8 +75,8 @@ def remat_layer(layer: type[nn.Module], remat: bool | str, *, scanned: bool) -> 
         ValueError: The policy is unknown.
     """
     name = remat if isinstance(remat, str) else "full" if remat else "none"
-    if name not in POLICIES:
-        raise ValueError(f"`remat` must be a bool or one of {POLICIES}, got {remat!r}.")
+    if name not in REMAT_POLICIES:
+        raise ValueError(f"`remat` must be a bool or one of {REMAT_POLICIES}, got {remat!r}.")
     if name == "none":
         return layer
     policy = _OWN[name] if name in _OWN else getattr(jax.checkpoint_policies, name)

@@ -68,7 +68,8 @@ class Attention(Block):
         if not _drops_attention(self):
             return attend(query, key, value, mask)
         assert mask is not None  # `Gpt2` makes one where attention drops weights
-        return attend_with_dropout(self, query, key, value, mask, rate=self.config.attn_pdrop)
+        mixed = attend_with_dropout(self, query, key, value, mask, rate=self.config.attn_pdrop)
+        return checkpoint_name(mixed, "attention")
 
 
 def _drops_attention(block: Block) -> bool:
