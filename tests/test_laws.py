@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -66,9 +67,10 @@ class Lifted:
             rank=2, alpha=3, targets=case.targets, train=case.train, parts=case.parts
         )
         layouts = lora_jax.layouts(case.fn, self.params, *self.inputs)
-        split = jax.jit(lambda params, key: lora_jax.split(params, config, key, layouts=layouts))
-        self.frozen, self.start = split(self.params, jax.random.key(1))
-        self.trainable = jax.jit(_shaken)(self.start)
+        self.frozen, self.start = lora_jax.split(
+            self.params, config, jax.random.key(1), layouts=layouts
+        )
+        self.trainable = _shaken(self.start)
 
     def adapted(self, trainable, frozen):
         lifted = lora_jax.adapt(self.fn, on_materialize="error")
@@ -102,12 +104,8 @@ def _float64_tree(tree):
 
 
 def _shaken(trainable):
-    leaves, treedef = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noise = [
-        0.1 * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)
-    ]
-    return treedef.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape)), trainable)
 
 
 def _uneven_sum(y):
