@@ -121,9 +121,7 @@ def linen_conv_grouped(n):
 
 @case
 def linen_conv_transpose(n):
-    return linen(
-        nn.ConvTranspose(n, (3,), strides=(2,), transpose_kernel=True), normal(1, 2, n, n)
-    )
+    return linen(nn.ConvTranspose(n, (3,), strides=(2,), transpose_kernel=True), normal(1, 2, n, n))
 
 
 @case

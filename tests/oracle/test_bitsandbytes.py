@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is not installed (make test-oracle)")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (make test-oracle)")
 
-from lora_jax.ops.quantized import _tables  # noqa: E402
-from lora_jax.ops.quantized._nf4 import encode_absmax  # noqa: E402
-from tests.lora_jax.ops import codes  # noqa: E402
-from tests.oracle import bitsandbytes_cases as cases  # noqa: E402
+from lora_jax.ops.quantized import _tables
+from lora_jax.ops.quantized._nf4 import encode_absmax
+from tests.lora_jax.ops import codes
+from tests.oracle import bitsandbytes_cases as cases
 
 DTYPES = ["float32", "bfloat16", "float16"]
 # Not columns that 16 divides and the block does not: with AVX-512, bitsandbytes then reads the
