@@ -283,7 +283,7 @@ def test_a_dry_run_shows_what_is_learned(lm_folder, capsys):
         pytest.param(["lora.targets=[]"], "Nothing would train", id="nothing-trains"),
         pytest.param(["data.max_length=128"], "positions for 64", id="positions"),
         pytest.param(["data.max_length=7"], "nothing is left to learn", id="too-short"),
-        pytest.param(["model.remat=some"], "`remat` must be", id="remat"),
+        pytest.param(["model.remat=some"], "give one of none, full, dots, named", id="remat"),
         pytest.param(
             ["evaluation.generate=true", "evaluation.length_penalty=0.8"],
             "`length_penalty` is for beam search",
