@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax._src import source_info_util
 from jax.extend.core import Literal as Literal, Var as Var
 
@@ -38,6 +39,15 @@ def equation_context(eqn: Any):
         eqn.ctx.manager,
     ):
         yield
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which an array differs inside a `shard_map`.
+
+    JAX 0.10 and later have them in ``mat``, others in ``vma``; an AttributeError is neither.
+    """
+    aval = jax.typeof(x)
+    return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
 
 
 def source_line(eqn: Any) -> tuple[str, int] | None:

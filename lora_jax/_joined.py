@@ -58,13 +58,15 @@ def _jvp(spent: tuple[int, int], params: Any, primals: Any, tangents: Sequence[A
     x, t, w, b = primals
     dx, dt, dw, db = tangents
     terms = []
-    if not (_is_zero(dx) and _is_zero(dt)):
-        dx, dt = (jnp.zeros_like(p) if _is_zero(d) else d for d, p in ((dx, x), (dt, t)))
+    pairs = [(x, dw), (t, db)]
+    if _is_zero(dx) or _is_zero(dt):
+        pairs += [(dx, w), (dt, b)]
+    else:
         terms.append(_joined(spent, params, dx, dt, w, b))
     terms += [
         _product(spent, params, left, right)
-        for left, right in ((x, dw), (t, db))
-        if not _is_zero(right)
+        for left, right in pairs
+        if not (_is_zero(left) or _is_zero(right))
     ]
     value = _joined(spent, params, *primals)
     return value, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(value)

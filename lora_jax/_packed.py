@@ -137,7 +137,13 @@ def _dynamic_slice(packed: Packed, step: Step) -> list[Any] | None:
     if tuple(rest) != packed.shape[1:]:
         return None
     start = step.operands[1]
-    return [_codes(packed, lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size))]
+    return [_codes(packed, lambda leaf: _from(leaf, start, size))]
+
+
+def _from(leaf: jax.Array, start: Any, size: int) -> jax.Array:
+    """Rows from ``start`` on: clamped as the primitive does it, not counted from behind."""
+    starts, sizes = [start] + [0] * (leaf.ndim - 1), (size, *leaf.shape[1:])
+    return lax.dynamic_slice(leaf, starts, sizes, allow_negative_indices=False)
 
 
 def _squeeze(packed: Packed, step: Step) -> list[Any] | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from ._compat import varying_axes
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
 from ._joined import joined, pays
@@ -57,8 +58,11 @@ def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
     (spent,) = contracting[1]
     ins, outs = weight.w.shape[spent], weight.w.shape[1 - spent]
     matches = weight.labels[spent] == "in" and weight.labels[1 - spent] == "out"
-    is_whole = not any(jax.typeof(weight.w).sharding.spec)
-    matches = matches and is_whole and x.dtype == weight.w.dtype
+    # Where shardings are known, joining one of these would move it; see `_joined`.
+    cut = [any(jax.typeof(one).sharding.spec) for one in (weight.w, weight.a, weight.b)]
+    cut += [bool(jax.typeof(x).sharding.spec[contracting[0][0]])]
+    cut += [step.eqn.params.get("out_sharding") is not None]
+    matches = matches and not any(cut) and x.dtype == weight.w.dtype
     return matches and pays(x.size // max(1, ins), ins, outs)
 
 
@@ -120,7 +124,7 @@ def _dropped(weight: Factored, step: Step, x: jax.Array) -> jax.Array:
     if weight.keys is None:
         return x
     key = jax.random.fold_in(weight.keys.reshape(-1)[0], step.index)
-    for axis in sorted(getattr(jax.typeof(x), "vma", ())):  # the shards of x differ: so do masks
+    for axis in sorted(varying_axes(x)):  # the shards of x differ: so do masks
         key = jax.random.fold_in(key, lax.axis_index(axis))
     keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
     return x * (keep.astype(x.dtype) / (1 - weight.dropout))

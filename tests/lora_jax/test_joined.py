@@ -164,3 +164,12 @@ def test_a_batch_may_be_sharded():
         assert "_joined" in str(jax.make_jaxpr(through_adapt)(trainable, frozen, x))
         found = jax.jit(through_adapt)(trainable, frozen, x)
     assert_trees_close(found, wanted, relative=100 * ROUNDING)
+
+
+@pytest.mark.usefixtures("here")
+def test_an_input_without_a_gradient_costs_none():
+    x, t, w, b = matrices((2, 0))
+    gradient = jax.make_jaxpr(jax.grad(lambda t: joined(x, t, w, b, (2, 0)).sum()))(t)
+    # `t` and `b` alone: a product with `w` would be as wide as `x`.
+    assert f"f64[4,5,{INS + RANK}] = dot_general" not in str(gradient)
+    assert f"f64[4,5,{RANK}] = dot_general" in str(gradient)

@@ -85,7 +85,7 @@ def encode_blocks(flat: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     pairs = _rows(scaled, 2)
     codes = jnp.zeros(pairs.shape, jnp.uint8)
     for bound in midpoints(NF4):
-        codes += pairs > bound
+        codes += (pairs > bound).astype(jnp.uint8)
     return codes[:, 0] << 4 | codes[:, 1], absmax
 
 
