@@ -142,7 +142,8 @@ def _dynamic_slice(packed: Packed, step: Step) -> list[Any] | None:
 
 def _from(leaf: jax.Array, start: Any, size: int) -> jax.Array:
     """Rows from ``start`` on: clamped as the primitive does it, not counted from behind."""
-    starts, sizes = [start] + [0] * (leaf.ndim - 1), (size, *leaf.shape[1:])
+    starts = [start, *[jax.numpy.zeros_like(start)] * (leaf.ndim - 1)]
+    sizes = (size, *leaf.shape[1:])
     return lax.dynamic_slice(leaf, starts, sizes, allow_negative_indices=False)
 
 
