@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Axes = Sequence[Hashable]
 
@@ -40,6 +41,7 @@ def contract(
     shared = [name for name in x_axes if name in y_axes]
     batch = [name for name in shared if name in out_axes]
     summed = [name for name in shared if name not in out_axes]
+    made = [*batch, *(name for name in (*x_axes, *y_axes) if name not in shared)]
     result = lax.dot_general(
         x,
         y,
@@ -49,9 +51,8 @@ def contract(
         ),
         precision=precision,
         preferred_element_type=dtype,
+        out_sharding=_place({**_places(y, y_axes), **_places(x, x_axes)}, summed, made),
     )
-    free = [name for name in (*x_axes, *y_axes) if name not in shared]
-    made = [*batch, *free]
     order = [made.index(name) for name in out_axes]
     return result if order == sorted(order) else lax.transpose(result, order)
 
@@ -61,3 +62,16 @@ def _sum_out(x: jax.Array, axes: Axes, wanted: set[Hashable]) -> tuple[jax.Array
     lone = [i for i, name in enumerate(axes) if name not in wanted]
     kept = [name for name in axes if name in wanted]
     return (x.sum(lone) if lone else x), kept
+
+
+def _places(x: jax.Array, axes: Axes) -> dict[Hashable, Any]:
+    """The mesh axes over which each axis is cut, where JAX knows: on a mesh with explicit axes."""
+    cut = zip(axes, jax.typeof(x).sharding.spec, strict=True)
+    return {name: places for name, places in cut if places is not None}
+
+
+def _place(places: dict[Hashable, Any], summed: Axes, made: Axes) -> PartitionSpec | None:
+    """Where the result is, which JAX does not choose when the axes that are summed are cut."""
+    if not any(name in places for name in summed):
+        return None
+    return PartitionSpec(*(places.get(name) for name in made))

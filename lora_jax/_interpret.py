@@ -21,8 +21,8 @@ from . import (
     _products,  # noqa: F401  its rules
 )
 from ._control_flow import enter, has_body
-from ._factored import factor
-from ._packed import Packed
+from ._factored import Factored, factor
+from ._packed import Packed, dequantized
 from ._quantized import is_quantized
 from ._tracked import Step, Tracked, holds_codes
 from ._weights import LoraWeight, TrainedWeight, is_node
@@ -154,9 +154,13 @@ def _tracked(leaf: Any) -> Any:
 
 
 def _seen(value: Any) -> Any:
-    """What ``fn`` is traced with: the array, or the shape of the weight that codes stand for."""
+    """What ``fn`` is traced with: the array, or the type of the weight that codes stand for.
+
+    Its shape and dtype, and where its entries are: on a mesh with explicit axes, in a `shard_map`.
+    """
     if holds_codes(value):
-        return jax.ShapeDtypeStruct(value.w.shape, value.w.dtype)
+        packed = value.w if isinstance(value, Factored) else value
+        return jax.eval_shape(dequantized, packed.w)
     return value.w if isinstance(value, Tracked) else value
 
 

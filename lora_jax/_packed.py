@@ -15,7 +15,7 @@ import jax
 from jax import lax
 
 from ._axes import moves
-from ._compat import bind
+from ._compat import bind, varying_axes
 from ._quantized import QuantizedWeight
 from ._tracked import Step, Tracked
 
@@ -65,11 +65,11 @@ class Packed(Tracked):
 
     def materialize(self) -> jax.Array:
         """The plain weight."""
-        weight = _dequantized(self.w)
+        weight = dequantized(self.w)
         for dtype in self.casts:
             weight = weight.astype(dtype)
         for move in self.later:
-            (weight,) = bind(move.eqn, [weight])
+            weight = _moved(weight, move.eqn)
         return weight
 
     def apply(self, step: Step) -> list[Any]:
@@ -117,8 +117,17 @@ class Packed(Tracked):
         return dataclasses.replace(self, w=dataclasses.replace(codes, layout=codes.layout[1:]))
 
 
+def _moved(weight: jax.Array, eqn: Any) -> jax.Array:
+    """The weight after an equation that moves it."""
+    if eqn.primitive.name == "pvary":  # with JAX 0.10, the barrier has done it
+        missing = set(eqn.params["axes"]) - varying_axes(weight)
+        return lax.pcast(weight, tuple(missing), to="varying") if missing else weight
+    (weight,) = bind(eqn, [weight])
+    return weight
+
+
 @jax.jit
-def _dequantized(codes: QuantizedWeight) -> jax.Array:
+def dequantized(codes: QuantizedWeight) -> jax.Array:
     """The weight; traced once for all weights of a size, which halves the time to trace a model."""
     return codes.dequantize()
 

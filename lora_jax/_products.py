@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 
 from ._compat import varying_axes
 from ._contract import contract
@@ -58,12 +59,21 @@ def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
     (spent,) = contracting[1]
     ins, outs = weight.w.shape[spent], weight.w.shape[1 - spent]
     matches = weight.labels[spent] == "in" and weight.labels[1 - spent] == "out"
-    # Where shardings are known, joining one of these would move it; see `_joined`.
+    # Joining one that is sharded would move it, and where GSPMD chooses nobody knows which are.
+    if any(_is_left_to_gspmd(one) for one in (x, weight.w, weight.a, weight.b)):
+        return False
     cut = [any(jax.typeof(one).sharding.spec) for one in (weight.w, weight.a, weight.b)]
     cut += [bool(jax.typeof(x).sharding.spec[contracting[0][0]])]
     cut += [step.eqn.params.get("out_sharding") is not None]
     matches = matches and not any(cut) and x.dtype == weight.w.dtype
     return matches and pays(x.size // max(1, ins), ins, outs)
+
+
+def _is_left_to_gspmd(x: jax.Array) -> bool:
+    """Whether it is on several devices, and JAX does not know which part is where."""
+    mesh = jax.typeof(x).sharding.mesh
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind == AxisType.Auto for size, kind in sizes)
 
 
 def _join(weight: Factored, step: Step) -> jax.Array:
@@ -115,8 +125,16 @@ def _low_rank(
     second = (weight.scale * second).astype(dtype)
     made = [axis for axis in out_axes if axis in t_axes or axis in second_axes]
     update = contract(t, t_axes, second, second_axes, made, precision=precision, dtype=base.dtype)
-    places = [place for place, axis in enumerate(out_axes) if axis in made]
-    return update if made == out_axes else lax.broadcast_in_dim(update, base.shape, places)
+    if made != out_axes:
+        places = [place for place, axis in enumerate(out_axes) if axis in made]
+        update = lax.broadcast_in_dim(update, base.shape, places)
+    return _beside(base, update)
+
+
+def _beside(base: jax.Array, update: jax.Array) -> jax.Array:
+    """``update`` where ``base`` is: on a mesh with explicit axes the product may have said so."""
+    place = jax.typeof(base).sharding
+    return update if jax.typeof(update).sharding == place else jax.sharding.reshard(update, place)
 
 
 def _dropped(weight: Factored, step: Step, x: jax.Array) -> jax.Array:

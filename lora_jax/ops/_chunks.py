@@ -13,8 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+
+from .._compat import varying_axes
 
 Aux = TypeVar("Aux")
 AXIS = 1  # of positions, after that of examples, which devices may share
@@ -26,7 +29,9 @@ def sum_in_chunks(
     """Sums over positions: ``fn(params, rows)``, from chunks of ``rows``, and exactly that.
 
     Every chunk has all examples, so that a batch that is cut over devices stays where it is, and
-    every device works on every chunk.
+    every device works on every chunk. Inside a ``shard_map`` the sums are those of the shard.
+
+    Put it under ``jax.jit``, like all that differentiates. It has reverse mode only.
 
     Args:
         fn: ``(params, rows) -> (sum, aux)``: a scalar and a tree of arrays, all sums over the
@@ -38,16 +43,17 @@ def sum_in_chunks(
         chunk: Positions of each example at a time; what is left over is a chunk of its own.
 
     Returns:
-        The sum, ``()`` and at least float32, and ``aux``. The gradient of the sum is formed where
-        one is asked for and nowhere else: that of a weight summed in at least float32 and rounded
-        once, to the weight's dtype; that of ``rows`` in its own dtype. ``aux`` has none.
+        The sum, ``()``, and ``aux``, both of at least 32 bits. The gradient of the sum is formed
+        where one is asked for and nowhere else: that of a weight summed in at least float32 and
+        rounded once, to the weight's dtype; that of ``rows`` in its own dtype. ``aux`` has none.
 
     Raises:
-        ValueError: ``chunk`` is below 1, ``rows`` do not agree on their positions, or ``fn`` does
-            not give a scalar.
+        ValueError: ``chunk`` is no whole number above 0, ``rows`` do not agree on their positions,
+            or ``fn`` does not give a scalar and ``aux``.
     """
     positions = _positions(rows, chunk)
     leaves, tree = jax.tree.flatten((params, rows))
+    leaves = _as_varying(leaves)
     count = len(jax.tree.leaves(params))
     job = _Job(lambda params, rows: fn(*tree.unflatten([*params, *rows])), positions, chunk)
     return _sum(job, leaves[:count], leaves[count:])
@@ -122,11 +128,20 @@ def _over_chunks(step: Callable[[Any, Any, int], Any], carry: Any, job: _Job) ->
 
 def _zero_sums(job: _Job, params: list[Any], rows: list[Any]) -> Any:
     size = min(job.chunk, job.positions)
-    total, aux = jax.eval_shape(lambda p, r: job.fn(p, _cut(r, 0, size)), params, rows)
-    if total.shape:
-        raise ValueError(f"`fn` must give a scalar and aux, got a sum of shape {total.shape}.")
-    aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
-    return jnp.zeros((), _wide(total)), aux
+    given = jax.eval_shape(lambda p, r: job.fn(p, _cut(r, 0, size)), params, rows)
+    if not (isinstance(given, tuple) and len(given) == 2):
+        raise ValueError(f"`fn` must give a scalar and aux, got {given}.")
+    if getattr(given[0], "shape", None) != ():
+        raise ValueError(f"`fn` must give a scalar and aux, got a sum of {given[0]}.")
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf)), given)
+
+
+def _as_varying(leaves: list[Any]) -> list[jax.Array]:
+    """All leaves as shards that differ where some do, which a `shard_map` wants of a loop."""
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    axes = frozenset().union(*map(varying_axes, leaves))
+    missing = [tuple(sorted(axes - varying_axes(leaf))) for leaf in leaves]
+    return [lax.pcast(x, a, to="varying") if a else x for x, a in zip(leaves, missing, strict=True)]
 
 
 def _cut(rows: list[Any], start: Any, size: int) -> list[Any]:
@@ -139,11 +154,14 @@ def _fill(some: list[Any], others: list[Any]) -> list[Any]:
 
 
 def _add(sums: Any, terms: Any) -> Any:
-    return jax.tree.map(lambda total, term: total + term.astype(total.dtype), sums, terms)
+    return jax.tree.map(lambda total, term: total + jnp.asarray(term, total.dtype), sums, terms)
 
 
 def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    """A dtype that sums of many such numbers fit in."""
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.promote_types(leaf.dtype, jnp.float32)
+    return leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.int32
 
 
 def _positions(rows: Any, chunk: int) -> int:
@@ -154,6 +172,6 @@ def _positions(rows: Any, chunk: int) -> int:
         raise ValueError(
             f"`rows` must be arrays (examples, positions, ...) of as many positions, got {shapes}."
         )
-    if chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
+    if not isinstance(chunk, (int, np.integer)) or chunk < 1:
+        raise ValueError(f"`chunk` must be a whole number above 0, got {chunk!r}.")
     return counts.pop() or 0

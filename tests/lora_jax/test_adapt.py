@@ -493,33 +493,3 @@ def test_every_product_has_dropout(fn, shape):
         draws.append(lifted(on))
         assert (draws[-1] != lifted(off)).any()
     assert (draws[0] != draws[1]).any()
-
-
-EXPLICIT = {
-    "out-sharded": (P(None, "tensor"), lambda w, x: x @ w),
-    "in-sharded": (
-        P("tensor", None),
-        lambda w, x: jnp.einsum("bi,io->bo", x, w, out_sharding=P("data", None)),
-    ),
-    "gathered-first": (
-        P("tensor", None),
-        lambda w, x: x @ jax.sharding.reshard(w, P(None, None)),
-    ),
-}
-
-
-@pytest.mark.parametrize(("spec", "fn"), EXPLICIT.values(), ids=EXPLICIT.keys())
-@pytest.mark.parametrize("key", [None, 0], ids=["plain", "dropout"])
-def test_meshes_with_explicit_axes(spec, fn, key):
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        w = jax.device_put(jax.random.normal(jax.random.key(7), (16, 8)), spec)
-        x = jax.device_put(jnp.ones((4, 16)), P("data", None))
-        params, factors = dropout_params(w, key if key is None else jax.random.key(key))
-        lifted = lora_jax.adapt(lambda params, x: fn(params["w"], x), on_materialize="error")
-        actual = jax.jit(lifted)(params, x)
-        merged = lora_jax.merge({"w": w}, {"w": factors})
-        expected = jax.jit(fn)(merged["w"], x)
-    assert actual.sharding.spec == expected.sharding.spec
-    if key is None:
-        assert_trees_close(actual, expected, relative=1e-5)

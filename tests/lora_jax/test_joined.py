@@ -149,6 +149,26 @@ def test_a_weight_that_is_known_to_be_sharded_is_left_alone():
 
 
 @pytest.mark.usefixtures("here")
+def test_nothing_is_joined_where_gspmd_chooses():
+    """There a weight may be sharded, and JAX does not say."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    frozen, trainable = halves_of((INS, OUTS), "in out")
+    sharded = jax.device_put(frozen, NamedSharding(mesh, P("fsdp")))
+    traced = []
+
+    def through_adapt(trainable, frozen, x):
+        def apply(*args):
+            return lora_jax.adapt(wide)(lora_jax.combine(*args[:2]), args[2])
+
+        traced.append(str(jax.make_jaxpr(apply)(frozen, trainable, x)))
+        return apply(frozen, trainable, x)
+
+    for given in (frozen, sharded):
+        jax.jit(through_adapt)(trainable, given, normal(5, ROWS, INS))
+    assert ["_joined" in text for text in traced] == [True, False]
+
+
+@pytest.mark.usefixtures("here")
 def test_a_batch_may_be_sharded():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     frozen, trainable = halves_of((INS, OUTS), "in out")

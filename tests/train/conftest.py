@@ -7,6 +7,7 @@ import jax
 import pytest
 import tokenizers
 import transformers
+from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import lora_jax.models
@@ -32,11 +33,16 @@ ARCHITECTURE = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compile_once(tmp_path_factory):
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(compiled):
     """Runs here compile the same programs again and again, in this process or in their own."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(compiled),
         "jax_persistent_cache_min_compile_time_secs": 0.05,
     }
     before = {name: getattr(jax.config, name) for name in settings}
@@ -47,6 +53,7 @@ def _compile_once(tmp_path_factory):
         yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def quantize(
     Raises:
         ValueError: A pattern matches nothing; a chosen weight is no matrix of floats, is not
             finite (checked on concrete arrays), or is quantised or adapted already; the scheme
-            is unknown or takes no such option.
+            is unknown or takes no such option; nf4 of a weight that is cut along explicit axes.
 
     Example:
         >>> params = {"query": {"kernel": jnp.eye(64), "bias": jnp.zeros(64)}}
@@ -190,6 +190,12 @@ def _encode(
         raise ValueError(
             f"{name} of shape {tuple(weight.shape)} cannot be quantised with the layout "
             f"{' '.join(layout)!r}: it takes an axis for each word, and none of size 0."
+        )
+    cut = jax.typeof(weight).sharding.spec  # known on a mesh with explicit axes alone
+    if scheme == "nf4" and any(cut):
+        raise ValueError(
+            f"{name} is cut as {cut} on a mesh with explicit axes, which blocks of nf4 run across. "
+            "Quantise it whole, jax.sharding.reshard(weight, P()), or on a mesh with Auto axes."
         )
     codes, largest = _encode_stack(weight, layout, scheme, int(block), double)
     # A NaN is not at most anything.
