@@ -16,7 +16,7 @@ from jax import lax
 
 from ._config import AxisKind
 from ._contract import contract
-from ._packed import Packed
+from ._packed import pack
 from ._quantized import is_quantized
 from ._tracked import Step, Tracked
 from ._weights import LoraWeight
@@ -89,9 +89,19 @@ class Factored(Tracked):
 
 
 def factor(weight: LoraWeight) -> Factored:
-    """Lays the factors of a weight out along the weight's own axes."""
+    """Lays the factors of a weight out along the weight's own axes.
+
+    Raises:
+        ValueError: They do not fit the weight: a loop or `vmap` outside has sliced both.
+    """
+    w = pack(weight.w, weight.path) if is_quantized(weight.w) else weight.w
+    if not weight.factors.fits(w.shape):
+        raise ValueError(
+            f"{weight.path!r} has shape {tuple(w.shape)} and layout "
+            f"{' '.join(weight.factors.layout)!r}: a scan or vmap has sliced it. Give the adapted "
+            "function the whole stack, and slice inside it."
+        )
     layout, factors = weight.factors.layout, weight.factors.whole()
-    w = Packed(weight.w, path=weight.path) if is_quantized(weight.w) else weight.w
     a, b, keys = (
         _lay_out(part, layout, kinds, rank_axis)
         for part, kinds, rank_axis in (

@@ -22,7 +22,7 @@ from . import (
 )
 from ._control_flow import enter, has_body
 from ._factored import Factored, factor
-from ._packed import Packed, dequantized
+from ._packed import dequantized, pack
 from ._quantized import is_quantized
 from ._tracked import Step, Tracked, holds_codes
 from ._weights import LoraWeight, TrainedWeight, is_node
@@ -150,7 +150,7 @@ def _travels(leaf: Any) -> bool:
 def _tracked(leaf: Any) -> Any:
     if isinstance(leaf, LoraWeight):
         return factor(leaf)
-    return Packed(leaf) if is_quantized(leaf) else leaf
+    return pack(leaf) if is_quantized(leaf) else leaf
 
 
 def _seen(value: Any) -> Any:

@@ -66,7 +66,7 @@ def plain_leaves(leaves: Mapping[str, Any], base: Any) -> dict[str, Any]:
         base: A tree that has them in full precision, or None.
 
     Raises:
-        ValueError: ``base`` lacks one of them, or has it quantised or of another shape.
+        ValueError: ``base`` lacks one of them, or has it quantised, of another shape or no floats.
 
     Warns:
         DequantizedMergeWarning: Weights are quantised and there is no ``base``.
@@ -85,7 +85,7 @@ def plain_leaves(leaves: Mapping[str, Any], base: Any) -> dict[str, Any]:
     found, _ = flatten(base)
     for path in quantized:
         weight = found.get(path)
-        if weight is None or is_quantized(weight) or weight.shape != leaves[path].shape:
+        if weight is None or not _is_plain(weight) or weight.shape != leaves[path].shape:
             problem = "has no such weight" if weight is None else "has it " + _described(weight)
             raise ValueError(
                 f"{path!r} is quantised, of shape {leaves[path].shape}, and `base` {problem}. "
@@ -94,8 +94,17 @@ def plain_leaves(leaves: Mapping[str, Any], base: Any) -> dict[str, Any]:
     return {path: found[path] if path in quantized else leaf for path, leaf in leaves.items()}
 
 
+def _is_plain(weight: Any) -> bool:
+    is_array = hasattr(weight, "shape") and not is_quantized(weight)
+    return is_array and jnp.issubdtype(weight.dtype, jnp.floating)
+
+
 def _described(weight: Any) -> str:
-    return "quantised too" if is_quantized(weight) else f"of shape {tuple(weight.shape)}"
+    if is_quantized(weight):
+        return "quantised too"
+    if not hasattr(weight, "shape"):
+        return f"as a {type(weight).__name__}"
+    return f"as {weight.dtype} of shape {tuple(weight.shape)}"
 
 
 def merge_leaf(path: str, w: Any, trained: Any, dtype: Any = None) -> Any:

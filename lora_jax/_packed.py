@@ -4,7 +4,7 @@
 
 What only moves or casts the weight is put off until then. So the weight itself exists while one
 equation reads it: it is no residual of the backward pass, which dequantises the codes once more.
-A scan and an index over stacked axes slice the codes.
+A scan and an index over stacked axes slice the codes, and a new order of the axes leaves them.
 """
 
 import dataclasses
@@ -76,10 +76,10 @@ class Packed(Tracked):
         name = step.eqn.primitive.name
         if name == "convert_element_type" and _is_float(step.eqn.params["new_dtype"]):
             return [dataclasses.replace(self, casts=(*self.casts, step.eqn.params["new_dtype"]))]
-        if self._is_stacked() and name in _SLICES:
-            sliced = _SLICES[name](self, step)
-            if sliced is not None:
-                return sliced
+        rule = None if self.later else _RULES.get(name)
+        followed = rule(self, step) if rule else None
+        if followed is not None:
+            return followed
         if len(step.operands) == 1 and len(moves(step.eqn, step.operands) or ()) == 1:
             return [dataclasses.replace(self, later=(*self.later, Later(step.eqn)))]
         return self._read(step)
@@ -109,12 +109,29 @@ class Packed(Tracked):
         return jax.checkpoint(read)(dataclasses.replace(self, w=codes), *others)
 
     def _is_stacked(self) -> bool:
-        """Whether axis 0 is a stacked one, which the codes have too."""
+        """Whether axis 0 is the first of the stacked ones, which the codes have too."""
         return not self.later and self.w.layout[0] == "stack"
 
     def _inside(self, codes: QuantizedWeight) -> "Packed":
         """One of the stacked weights: codes whose leading axis is gone."""
         return dataclasses.replace(self, w=dataclasses.replace(codes, layout=codes.layout[1:]))
+
+
+def pack(codes: QuantizedWeight, path: str = "") -> Packed:
+    """A quantised weight, ready for a walk.
+
+    Raises:
+        ValueError: The codes have not the axes that the layout says: something outside has sliced
+            or stacked them.
+    """
+    if codes.codes.ndim != codes.layout.count("stack") + codes.axes:
+        name = f"{path!r} is quantised, its" if path else "A quantised weight's"
+        raise ValueError(
+            f"{name} layout is {' '.join(codes.layout)!r} and its codes are "
+            f"{tuple(codes.codes.shape)}: a scan, vmap or stack has changed them. Quantise the "
+            "whole stack, give it to the adapted function, and slice inside it."
+        )
+    return Packed(codes, path=path)
 
 
 def _moved(weight: jax.Array, eqn: Any) -> jax.Array:
@@ -132,18 +149,47 @@ def dequantized(codes: QuantizedWeight) -> jax.Array:
     return codes.dequantize()
 
 
+def _transpose(packed: Packed, step: Step) -> list[Any] | None:
+    """Another order of the axes; the codes stay, unless in or out axes change places."""
+    order, layout, sizes = step.eqn.params["permutation"], packed.w.layout, iter(packed.w.sizes)
+    for kind in ("stack", "in", "out"):
+        places = [axis for axis in order if layout[axis] == kind]
+        if places != sorted(places):
+            return None
+    extents = [None if kind == "stack" else next(sizes) for kind in layout]
+    turned = tuple(extents[axis] for axis in order if extents[axis] is not None)
+    layout = tuple(layout[axis] for axis in order)
+    codes = dataclasses.replace(packed.w, layout=layout, sizes=turned)
+    return [dataclasses.replace(packed, w=codes)]
+
+
 def _slice(packed: Packed, step: Step) -> list[Any] | None:
     params, shape = step.eqn.params, packed.shape
     strides = params["strides"] or (1,) * len(shape)
     bounds = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
-    if bounds[1:] != [(0, size, 1) for size in shape[1:]]:
+    if not packed._is_stacked() or bounds[1:] != [(0, size, 1) for size in shape[1:]]:
         return None
     return [_codes(packed, lambda leaf: lax.slice_in_dim(leaf, *bounds[0]))]
 
 
+def _split(packed: Packed, step: Step) -> list[Any] | None:
+    if not packed._is_stacked() or step.eqn.params["axis"] != 0:
+        return None
+    leaves, treedef = jax.tree.flatten(packed.w)
+    cut = [lax.split(leaf, step.eqn.params["sizes"], 0) for leaf in leaves]
+    parts = [treedef.unflatten(leaves) for leaves in zip(*cut, strict=True)]
+    return [dataclasses.replace(packed, w=codes) for codes in parts]
+
+
+def _rev(packed: Packed, step: Step) -> list[Any] | None:
+    if not packed._is_stacked() or tuple(step.eqn.params["dimensions"]) != (0,):
+        return None
+    return [_codes(packed, lambda leaf: lax.rev(leaf, (0,)))]
+
+
 def _dynamic_slice(packed: Packed, step: Step) -> list[Any] | None:
     size, *rest = step.eqn.params["slice_sizes"]
-    if tuple(rest) != packed.shape[1:]:
+    if not packed._is_stacked() or tuple(rest) != packed.shape[1:]:
         return None
     start = step.operands[1]
     return [_codes(packed, lambda leaf: _from(leaf, start, size))]
@@ -157,17 +203,22 @@ def _from(leaf: jax.Array, start: Any, size: int) -> jax.Array:
 
 
 def _squeeze(packed: Packed, step: Step) -> list[Any] | None:
-    if step.eqn.params["dimensions"] != (0,):
+    if not packed._is_stacked() or tuple(step.eqn.params["dimensions"]) != (0,):
         return None
     return [packed._inside(jax.tree.map(lambda leaf: leaf[0], packed.w))]
 
 
 def _unstack(packed: Packed, step: Step) -> list[Any] | None:
-    if step.eqn.params["axis"] != 0:
+    if not packed._is_stacked() or step.eqn.params["axis"] != 0:
         return None
     codes, treedef = jax.tree.flatten(packed.w)
     rows = range(packed.shape[0])
     return [packed._inside(treedef.unflatten([leaf[row] for leaf in codes])) for row in rows]
+
+
+def _stay(packed: Packed, step: Step) -> list[Any]:
+    """What says something of a gradient or a residual, and codes are neither."""
+    return [packed]
 
 
 def _codes(packed: Packed, cut: Callable[[jax.Array], jax.Array]) -> Packed:
@@ -178,9 +229,14 @@ def _is_float(dtype: Any) -> bool:
     return jax.numpy.issubdtype(dtype, jax.numpy.floating)
 
 
-_SLICES: dict[str, Callable[[Packed, Step], list[Any] | None]] = {
+_RULES: dict[str, Callable[[Packed, Step], list[Any] | None]] = {
+    "transpose": _transpose,
     "slice": _slice,
+    "split": _split,
+    "rev": _rev,
     "dynamic_slice": _dynamic_slice,
     "squeeze": _squeeze,
     "unstack": _unstack,
+    "name": _stay,
+    "stop_gradient": _stay,
 }

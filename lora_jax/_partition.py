@@ -14,6 +14,7 @@ import optax
 from ._config import Layout, LoraConfig
 from ._parts import init_part_factors
 from ._paths import flatten, nearest
+from ._quantized import is_quantized
 from ._targets import Target, select
 from ._weights import Factors, LoraWeight, TrainedWeight, init_factors, is_node, path_key
 
@@ -132,7 +133,17 @@ def masked(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTransfo
     Args:
         tx: Any Optax transformation.
         tree: The combined tree, or its shapes.
+
+    Raises:
+        ValueError: The tree has quantised weights: `jax.grad` takes no tree of integers. Training
+            on those keeps the two halves of `split`.
     """
+    weights = jax.tree.leaves(tree, is_leaf=is_quantized)
+    if codes := sum(map(is_quantized, weights)):
+        raise ValueError(
+            f"{codes} weights of the tree are quantised, and jax.grad takes no tree of integers. "
+            "Keep the halves of `split`: `tx` takes the trainable one, the loss combines them."
+        )
     labels = jax.tree.map(lambda train: "train" if train else "freeze", mask(tree))
     return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
 

@@ -9,7 +9,7 @@ dtype. Only an adapted function understands it. Its scheme is a subclass: one fi
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,10 @@ class QuantizedWeight:
         sizes: Sizes of the axes that are not stacked, in the weight's own order, static.
         layout: What each axis of the weight does, static.
         dtype: Of the weight that is given back, static.
+        axes: How many axes the codes of one matrix have, a constant of the scheme.
     """
+
+    axes: ClassVar[int] = 2
 
     codes: jax.Array
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})

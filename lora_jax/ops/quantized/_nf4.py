@@ -11,7 +11,7 @@ two a byte, the first one in the high half.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class Nf4Weight(QuantizedWeight):
         offset: None, or with double quantisation the mean absmax, float32 ``(*stack,)``.
         block: Entries a block, static.
     """
+
+    axes: ClassVar[int] = 1
 
     absmax: jax.Array
     scale: jax.Array | None
