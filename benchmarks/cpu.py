@@ -36,6 +36,7 @@ from .claims import clock, contenders
 from .claims.shapes import SHAPES, Shape
 from .claims.step import stepper
 from .claims.tables import interval, milliseconds, table
+from .stopwatch import Stopwatch
 
 SPEEDUP, COMPILING = 1.25, 1.5
 SIDES = {"adapted": "LoRA", "full": "full fine-tuning"}  # what the quickstart calls them
@@ -179,7 +180,7 @@ def trace_and_compile(gradient: Callable[..., Any], arguments: Any) -> tuple[flo
     """Seconds to trace (to the compiler's input) and to compile, nothing of it cached."""
     jax.clear_caches()
     gc.collect()
-    watch = clock.Stopwatch()
+    watch = Stopwatch()
     lowered = jax.jit(gradient).lower(*arguments)
     traced = watch.lap()
     lowered.compile()

@@ -90,7 +90,8 @@ def combine(
             meet the factors. Every product of every weight has its own mask, and so has every
             layer of a stack that a scan or an index takes apart; a stack that one product reads
             whole, and a body that a loop or an inner jit applies again, have one. Lookups, which
-            multiply by nothing, have no dropout.
+            multiply by nothing, have no dropout. In a `shard_map` each shard has its own, unless
+            ``check_vma=False`` hides that shards differ: fold ``lax.axis_index`` into the key.
 
     Raises:
         ValueError: The halves do not belong together; the message names the weight.

@@ -60,6 +60,7 @@ def load_model(
             key=run_keys(config.training.seed).head,
             abstract=abstract,
             quantize=section.quantize,
+            quantize_exclude=lora_config(config).train if section.quantize else (),
         )
     if model.config.max_length < config.data.max_length:
         raise ValueError(

@@ -28,7 +28,7 @@ def spread(samples: Sequence[float]) -> Spread:
 
     The median of ``n`` independent samples lies between the sorted samples ``n / 2 -+ 0.98
     sqrt(n)`` in 95 of 100 cases, whatever their distribution; of few samples these are the
-    least and the largest.
+    least and the largest, which takes at least 6.
 
     >>> spread([3.0, 1.0, 2.0])
     Spread(median=2.0, low=1.0, high=3.0)
@@ -53,7 +53,7 @@ def rounds(
     calls: Mapping[str, Callable[[], Any]],
     *,
     seconds: float,
-    least: int = 5,
+    least: int = 6,
     burst: float = BURST,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each, round after round, each round in an order of its own.
@@ -85,15 +85,3 @@ def timed(call: Callable[[], Any], repeats: int = 1) -> float:
         call()
     jax.block_until_ready(call())
     return max((time.perf_counter() - begun) / repeats, 1e-9)
-
-
-class Stopwatch:
-    """Seconds between one look and the next."""
-
-    def __init__(self):
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last look, or since it was made."""
-        since, self._since = self._since, time.perf_counter()
-        return self._since - since

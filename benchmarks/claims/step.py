@@ -10,6 +10,7 @@ import jax
 
 from lora_jax import training
 
+from ..stopwatch import Stopwatch
 from . import arithmetic, clock, contenders
 from .jobs import Job
 from .shapes import SHAPES, Shape
@@ -35,7 +36,7 @@ def measure(job: Job) -> dict[str, Any]:
         "activation_bytes": activation_bytes(loss, state.trainable, frozen, shape, job),
     }
     before = peak_bytes()
-    timed = clock.Stopwatch()
+    timed = Stopwatch()
     compiled = training.make_train_step(loss, tx, mesh).lower(state, frozen, batch).compile()
     figures |= {"compile_seconds": timed.lap(), **memory(compiled)}
     advance = stepper(compiled, state, frozen, batch)

@@ -10,7 +10,8 @@ import torch
 from benchmarks.step.batches import batches, endless
 from benchmarks.step.cases import LEARNING_RATE, WEIGHT_DECAY
 from benchmarks.step.job import Job
-from benchmarks.step.timing import Stopwatch, timed_steps
+from benchmarks.step.timing import timed_steps
+from benchmarks.stopwatch import Stopwatch
 
 
 def measure(

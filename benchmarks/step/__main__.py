@@ -12,7 +12,7 @@ from typing import Any
 from . import processes
 from .cases import CASES, describe
 from .contenders import CONTENDERS, DEFAULT, OURS, why_not
-from .job import Job, changes_of
+from .job import Job, changes_of, tokens
 from .table import tables
 
 SPARE = 5.0  # seconds, to write what there is
@@ -112,7 +112,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--remat", metavar="NAME", help="policy; by default that of the case")
     add(
         "--chunk",
-        type=int,
+        type=tokens,
         default=1024,
         help="tokens of the loss at a time; 0 is all (%(default)s)",
     )

@@ -67,7 +67,18 @@ def changes_of(variant: str) -> dict[str, Any]:
             f"A variant sets layers, remat or chunk, as in 'remat=named,chunk=8192'; it does not "
             f"set {', '.join(unknown)}."
         )
-    return changes | ({"chunk": int(changes["chunk"])} if "chunk" in changes else {})
+    return changes | ({"chunk": tokens(changes["chunk"])} if "chunk" in changes else {})
+
+
+def tokens(text: str) -> int:
+    """A number of tokens, 0 for all.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if (number := int(text)) < 0:
+        raise ValueError(f"tokens are counted from 0, got {number}.")
+    return number
 
 
 def read(text: str) -> Job:

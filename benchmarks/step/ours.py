@@ -14,11 +14,12 @@ import optax
 import lora_jax
 from lora_jax import models, training
 
+from ..stopwatch import Stopwatch
 from .batches import batches, endless
 from .cases import ALPHA, LEARNING_RATE, WEIGHT_DECAY, Case
 from .job import Job
 from .loss import make_loss
-from .timing import Stopwatch, timed_steps
+from .timing import timed_steps
 from .weights import random_weights
 
 MATMUL = {"gpu": 8192}  # sizes of the product whose rate a step is compared with

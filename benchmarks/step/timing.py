@@ -52,15 +52,3 @@ def _block(
         advance()
     loss = wait(advance())
     return time.perf_counter() - begun, loss
-
-
-class Stopwatch:
-    """Seconds between one look and the next."""
-
-    def __init__(self):
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last look, or since it was made."""
-        since, self._since = self._since, time.perf_counter()
-        return self._since - since

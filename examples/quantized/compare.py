@@ -13,6 +13,7 @@ that the same command goes on where it stopped; ``results.json`` and ``table.md`
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -94,6 +95,7 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     """
     about = {
         "model": options.model,
+        "config": hashlib.sha256(options.config.read_bytes()).hexdigest(),
         "settings": options.set,
         "limit": options.limit,
         "window": options.window,
@@ -104,7 +106,8 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
         options.out.mkdir(parents=True, exist_ok=True)
         return {**about, "bases": {}}
     results = json.loads(file.read_text(encoding="utf-8"))
-    if changed := [f"{k}: {results[k]} -> {v}" for k, v in about.items() if results[k] != v]:
+    before = {key: results.get(key) for key in about}
+    if changed := [f"{k}: {before[k]} -> {v}" for k, v in about.items() if before[k] != v]:
         raise ValueError(f"{options.out} has other results; name another --out: {changed}")
     return results
 

@@ -6,7 +6,7 @@ logits = model.apply(model.params, input_ids, attention_mask)
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ def from_pretrained(
     abstract: bool = False,
     revision: str | None = None,
     quantize: str | None = None,
+    quantize_exclude: str | Iterable[str] = (),
 ) -> Pretrained:
     """Reads a checkpoint of one of the families in `lora_jax.models`.
 
@@ -187,11 +188,12 @@ def from_pretrained(
             what is drawn stay plain. One published tensor is quantised after another, so that
             the device never holds more than the codes and plain weights so far, one tensor of
             ``dtype``, and about twice its size in float32 to compute its codes with.
+        quantize_exclude: Patterns of weights that stay plain, so that they can train in full.
 
     Raises:
         ValueError: There is no such checkpoint; its config has a field that this model does
             not honour; tensors are missing, left over or of another shape (all listed);
-            ``quantize`` is no scheme.
+            ``quantize`` is no scheme; a pattern of ``quantize_exclude`` matches no weight.
 
     Warns:
         NewHeadWarning: See ``new_head``.
@@ -211,7 +213,7 @@ def from_pretrained(
         layers_per_step=layers_per_step,
         remat=remat,
     )
-    plan = make_plan(module, names, quantize)
+    plan = make_plan(module, names, quantize, quantize_exclude)
     found, new = match(
         directory,
         is_of_other_task(config_json, family.architecture(config, task)),

@@ -10,7 +10,7 @@ its codes are computed with.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._config import ALL_LINEAR, Layout
+from lora_jax._config import ALL_LINEAR, Layout, _patterns
 from lora_jax._layouts import layouts
 from lora_jax._paths import flatten
 from lora_jax._quantized import QuantizedWeight
@@ -52,16 +52,19 @@ def fresh_weight(path: str, shape: jax.ShapeDtypeStruct, key: jax.Array, std: fl
     return (std * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)
 
 
-def make_plan(module: nn.Module, names: NameTable, scheme: str | None) -> "Plan":
+def make_plan(
+    module: nn.Module, names: NameTable, scheme: str | None, exclude: str | Iterable[str] = ()
+) -> "Plan":
     """Plans codes of a scheme for the matrices of the layers, as `lora_jax.quantize` chooses them.
 
     Args:
         module: The model.
         names: What its weights are called.
         scheme: Of `lora_jax.quantize`, or None for plain weights.
+        exclude: Patterns of matrices that stay plain.
 
     Raises:
-        ValueError: There is no such scheme.
+        ValueError: There is no such scheme, or a pattern matches no weight.
     """
     if scheme is not None and scheme not in SCHEMES:
         known = ", ".join(SCHEMES)
@@ -70,8 +73,8 @@ def make_plan(module: nn.Module, names: NameTable, scheme: str | None) -> "Plan"
     assert shapes.keys() == names.entries.keys(), shapes.keys() ^ names.entries.keys()
     codes: dict[str, Layout] = {}
     if scheme is not None:
-        known = weight_layouts(module)
-        codes = {path: known[path] for path in choose(shapes, (ALL_LINEAR,), (), known)}
+        known, plain = weight_layouts(module), _patterns("quantize_exclude", exclude)
+        codes = {path: known[path] for path in choose(shapes, (ALL_LINEAR,), plain, known)}
     in_order = {path: shapes[path] for path in names.entries}
     return Plan(names=names, shapes=in_order, codes=codes, scheme=scheme)
 

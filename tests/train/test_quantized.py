@@ -146,15 +146,23 @@ def test_generate_holds_the_base_as_it_trained_unless_told(whole, capsys, asked,
 
 
 @pytest.mark.parametrize(
-    ("scheme", "scan_layers"), [("nf4", "true"), ("int8", "true"), ("fp8", "false")]
+    ("scheme", "more"),
+    [
+        pytest.param("nf4", "model.scan_layers=true", id="nf4-scanned"),
+        pytest.param("int8", "model.scan_layers=true", id="int8-scanned"),
+        pytest.param("fp8", "lora.train=[up]", id="fp8-but-what-trains-in-full"),
+    ],
 )
-def test_every_scheme_trains_saves_and_loads(folder, capsys, scheme, scan_layers):
-    settings = (f"model.quantize={scheme}", f"model.scan_layers={scan_layers}")
+def test_every_scheme_trains_saves_and_loads(folder, capsys, scheme, more):
+    settings = (f"model.quantize={scheme}", more)
     assert train(folder, "training.steps=2", "model.dtype=bfloat16", *settings, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert evaluate.main([str(folder / "out"), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-5)
+    where = ["generate", "--adapter", str(folder / "out"), "--prompt", "name : Aroma||"]
+    assert command.main([*where, "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantize"] == scheme
 
 
 def test_a_classifier_of_a_quantised_encoder_trains_its_head(tmp_path, write_run, capsys):
@@ -179,7 +187,11 @@ def test_a_dry_run_shows_what_would_be_held(folder, capsys, decoder_directory):
     ("settings", "message"),
     [
         pytest.param(["model.quantize=nf5"], "did you mean 'nf4'?", id="unknown"),
-        pytest.param([NF4, "lora.train=[up]"], "cannot be trained in full", id="trained-codes"),
+        pytest.param(
+            [NF4, "lora.train=[.*]", "lora.targets=[]"],
+            "leaves none of the",
+            id="no-codes",
+        ),
     ],
 )
 def test_wrong_input_ends_with_2_and_leaves_nothing(folder, capsys, settings, message):
