@@ -32,7 +32,8 @@ def load_adapter(
 ) -> tuple[Any, dict[str, Any], LoraConfig]:
     """Reads an adapter that PEFT or `save_adapter` wrote.
 
-    Factors keep float32, weights trained in full take the dtype of the model's. Where PEFT
+    Factors keep float32, weights trained in full take the dtype of the model's, and the place of
+    its codes if it is quantised. Where PEFT
     keeps a weight twice (tied embeddings; a module's own copy of the base) both must agree.
 
     Args:
@@ -54,12 +55,17 @@ def load_adapter(
     tensors = _tensors(directory)
     parts = _parts.read_note(directory / WEIGHTS)
     found = _found.sort(tensors, model.names, biases_train=fields.bias != "none")
-    weights, _ = flatten(model.params)
+    weights, treedef = flatten(model.params)
     adapter = Adapter(found, fields, parts, model.names, weights)
     if listed := "".join(f"\n  {problem}" for problem in problems(adapter)):
         raise ValueError(f"The adapter in {directory} does not fit the model:{listed}")
     config = _lora_config(adapter)
-    frozen, trainable = split(model.params, config, jax.random.key(0))
+    # What comes in full takes the place of the model's, which may be codes.
+    whole = {
+        path: jax.ShapeDtypeStruct(weights[path].shape, weights[path].dtype) for path in found.full
+    }
+    params = treedef.unflatten((weights | whole).values())
+    frozen, trainable = split(params, config, jax.random.key(0))
     for path in found.low_rank:
         trainable[path] = _read_factors(adapter, path, trainable[path])
     for path, layers in found.full.items():
