@@ -267,8 +267,9 @@ def test_aux_is_summed_in_32_bits(dtype):
     assert count["chunks"].dtype == jnp.int32
 
 
-@pytest.mark.parametrize("chunk", [5, LENGTH])
-@pytest.mark.parametrize("kind", ["plain-factors", "plain-whole", "int8-factors"])
+@pytest.mark.parametrize(
+    ("kind", "chunk"), [("plain-factors", LENGTH), ("plain-whole", 5), ("int8-factors", 5)]
+)
 def test_the_shards_of_a_shard_map_add_up(kind, chunk):
     """Weights are alike on all devices and rows are not: JAX checks which sums are."""
     params, rows = draw()
