@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = Sequence[Hashable]
 
@@ -22,6 +22,7 @@ def contract(
     *,
     precision: Any = None,
     dtype: Any = None,
+    place: NamedSharding | None = None,
 ) -> jax.Array:
     """Contracts ``x`` and ``y`` over the axes that ``out_axes`` does not name.
 
@@ -33,6 +34,7 @@ def contract(
         out_axes: Names of the result's axes, in order; each stands in ``x_axes`` or ``y_axes``.
         precision: As in ``jax.lax.dot_general``.
         dtype: Of the accumulation and the result, ``preferred_element_type``.
+        place: Where the result is, on a mesh with explicit axes; None leaves it to JAX.
     """
     x, x_axes = _sum_out(x, x_axes, {*y_axes, *out_axes})
     y, y_axes = _sum_out(y, y_axes, {*x_axes, *out_axes})
@@ -51,7 +53,7 @@ def contract(
         ),
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=_place({**_places(y, y_axes), **_places(x, x_axes)}, summed, made),
+        out_sharding=None if place is None else _along(place, out_axes, made),
     )
     order = [made.index(name) for name in out_axes]
     return result if order == sorted(order) else lax.transpose(result, order)
@@ -64,14 +66,7 @@ def _sum_out(x: jax.Array, axes: Axes, wanted: set[Hashable]) -> tuple[jax.Array
     return (x.sum(lone) if lone else x), kept
 
 
-def _places(x: jax.Array, axes: Axes) -> dict[Hashable, Any]:
-    """The mesh axes over which each axis is cut, where JAX knows: on a mesh with explicit axes."""
-    cut = zip(axes, jax.typeof(x).sharding.spec, strict=True)
-    return {name: places for name, places in cut if places is not None}
-
-
-def _place(places: dict[Hashable, Any], summed: Axes, made: Axes) -> PartitionSpec | None:
-    """Where the result is, which JAX does not choose when the axes that are summed are cut."""
-    if not any(name in places for name in summed):
-        return None
-    return PartitionSpec(*(places.get(name) for name in made))
+def _along(place: NamedSharding, axes: Axes, order: Axes) -> NamedSharding:
+    """The same place for an array whose axes come in another order."""
+    places = dict(zip(axes, place.spec, strict=True))
+    return NamedSharding(place.mesh, PartitionSpec(*(places[name] for name in order)))

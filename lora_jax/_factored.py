@@ -92,14 +92,14 @@ def factor(weight: LoraWeight) -> Factored:
     """Lays the factors of a weight out along the weight's own axes.
 
     Raises:
-        ValueError: They do not fit the weight: a loop or `vmap` outside has sliced both.
+        ValueError: They do not fit the weight: something outside has cut one of them, or both.
     """
     w = pack(weight.w, weight.path) if is_quantized(weight.w) else weight.w
     if not weight.factors.fits(w.shape):
         raise ValueError(
-            f"{weight.path!r} has shape {tuple(w.shape)} and layout "
-            f"{' '.join(weight.factors.layout)!r}: a scan or vmap has sliced it. Give the adapted "
-            "function the whole stack, and slice inside it."
+            f"{weight.path!r} of layout {' '.join(weight.factors.layout)!r} has shape "
+            f"{tuple(w.shape)}, and its factors are of another: a scan, vmap or shard_map has cut "
+            "one or both. Give the adapted function all of it, and cut inside it."
         )
     layout, factors = weight.factors.layout, weight.factors.whole()
     a, b, keys = (

@@ -14,7 +14,6 @@ import optax
 from ._config import Layout, LoraConfig
 from ._parts import init_part_factors
 from ._paths import flatten, nearest
-from ._quantized import is_quantized
 from ._targets import Target, select
 from ._weights import Factors, LoraWeight, TrainedWeight, init_factors, is_node, path_key
 
@@ -129,22 +128,13 @@ def mask(tree: Tree) -> Tree:
 def masked(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTransformation:
     """Applies ``tx`` to what trains in a combined tree, and leaves the rest as it is.
 
-    A frozen leaf gets a zero update and no optimizer state.
+    A frozen leaf gets a zero update and no optimizer state. A tree with quantised weights has
+    integers, of which `jax.grad` takes none: keep the two halves of `split` there.
 
     Args:
         tx: Any Optax transformation.
         tree: The combined tree, or its shapes.
-
-    Raises:
-        ValueError: The tree has quantised weights: `jax.grad` takes no tree of integers. Training
-            on those keeps the two halves of `split`.
     """
-    weights = jax.tree.leaves(tree, is_leaf=is_quantized)
-    if codes := sum(map(is_quantized, weights)):
-        raise ValueError(
-            f"{codes} weights of the tree are quantised, and jax.grad takes no tree of integers. "
-            "Keep the halves of `split`: `tx` takes the trainable one, the loss combines them."
-        )
     labels = jax.tree.map(lambda train: "train" if train else "freeze", mask(tree))
     return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
 

@@ -6,14 +6,14 @@ The factors are cast to the weight's dtype when they are spent. A complex input,
 for real factors of that dtype, materialises the weight.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._compat import varying_axes
 from ._contract import contract
@@ -119,22 +119,35 @@ def _low_rank(
     precision = step.eqn.params["precision"]
     wanted = {*second_axes, *out_axes}
     t_axes = [axis for axis in dict.fromkeys((*x_axes, *first_axes)) if axis in wanted]
-    dtype = weight.w.dtype
-    t = contract(x, x_axes, first.astype(dtype), first_axes, t_axes, precision=precision)
+    dtype, place = weight.w.dtype, _places(base, out_axes)
+    t = contract(
+        x, x_axes, first.astype(dtype), first_axes, t_axes,
+        precision=precision, place=place(t_axes),
+    )  # fmt: skip
     t = checkpoint_name(t.astype(dtype), LOW_RANK)  # small, and the gradient of `second` reads it
     second = (weight.scale * second).astype(dtype)
     made = [axis for axis in out_axes if axis in t_axes or axis in second_axes]
-    update = contract(t, t_axes, second, second_axes, made, precision=precision, dtype=base.dtype)
+    update = contract(
+        t, t_axes, second, second_axes, made,
+        precision=precision, dtype=base.dtype, place=place(made),
+    )  # fmt: skip
     if made != out_axes:
-        places = [place for place, axis in enumerate(out_axes) if axis in made]
-        update = lax.broadcast_in_dim(update, base.shape, places)
-    return _beside(base, update)
+        axes = [axis for axis, name in enumerate(out_axes) if name in made]
+        update = lax.broadcast_in_dim(update, base.shape, axes)
+    return update
 
 
-def _beside(base: jax.Array, update: jax.Array) -> jax.Array:
-    """``update`` where ``base`` is: on a mesh with explicit axes the product may have said so."""
-    place = jax.typeof(base).sharding
-    return update if jax.typeof(update).sharding == place else jax.sharding.reshard(update, place)
+def _places(base: jax.Array, out_axes: list[Hashable]) -> Callable[[list[Hashable]], Any]:
+    """Where an array with some of the base's axes is: there where the base is.
+
+    Only where JAX knows that, on a mesh with explicit axes: the product may have been told, and
+    products with the factors could not be told otherwise.
+    """
+    found = jax.typeof(base).sharding
+    if AxisType.Explicit not in found.mesh.axis_types:
+        return lambda axes: None
+    places = dict(zip(out_axes, found.spec, strict=True))
+    return lambda axes: NamedSharding(found.mesh, PartitionSpec(*map(places.get, axes)))
 
 
 def _dropped(weight: Factored, step: Step, x: jax.Array) -> jax.Array:

@@ -76,8 +76,16 @@ def choose(
     targets: tuple[str, ...],
     exclude: tuple[str, ...],
     layouts: Mapping[str, Layout],
+    excluded_by: str = "exclude",
 ) -> set[str]:
     """The paths that ``targets`` match and ``exclude`` does not.
+
+    Args:
+        weights: Path -> weight.
+        targets: Patterns.
+        exclude: Patterns.
+        layouts: Path -> layout, as far as it is known.
+        excluded_by: What users call ``exclude``.
 
     Raises:
         ValueError: A pattern matches nothing, or ``exclude`` leaves nothing.
@@ -85,10 +93,10 @@ def choose(
     chosen = _matched(weights, (t for t in targets if t != ALL_LINEAR), "Target")
     if ALL_LINEAR in targets:
         chosen |= _all_linear(weights, layouts)
-    excluded = _matched(weights, exclude, "`exclude` pattern")
+    excluded = _matched(weights, exclude, f"`{excluded_by}` pattern")
     if chosen and not chosen - excluded:
         raise ValueError(
-            f"`exclude` {exclude} leaves none of the {len(chosen)} weights that the "
+            f"`{excluded_by}` {exclude} leaves none of the {len(chosen)} weights that the "
             f"targets {targets} match. Make one of them narrower."
         )
     return chosen - excluded

@@ -45,23 +45,25 @@ def load_model(
         ValueError: The checkpoint cannot be read, or does not fit the config or the data.
     """
     section = config.model
+    read = functools.partial(
+        models.from_pretrained,
+        section.path,
+        task=section.task,
+        num_labels=num_labels,
+        dtype=jnp.dtype(section.dtype),
+        compute_dtype=section.compute_dtype and jnp.dtype(section.compute_dtype),
+        scan_layers=section.scan_layers,
+        layers_per_step=section.layers_per_step,
+        remat=section.remat,
+        new_head=section.new_head or None,
+        key=run_keys(config.training.seed).head,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", models.NewHeadWarning)  # the console says it: `model.new`
-        model = models.from_pretrained(
-            section.path,
-            task=section.task,
-            num_labels=num_labels,
-            dtype=jnp.dtype(section.dtype),
-            compute_dtype=section.compute_dtype and jnp.dtype(section.compute_dtype),
-            scan_layers=section.scan_layers,
-            layers_per_step=section.layers_per_step,
-            remat=section.remat,
-            new_head=section.new_head or None,
-            key=run_keys(config.training.seed).head,
-            abstract=abstract,
-            quantize=section.quantize,
-            quantize_exclude=lora_config(config).train if section.quantize else (),
-        )
+        plain = lora_config(config).train if section.quantize else ()
+        if plain:  # what is wrong with these patterns is said of plain weights
+            split_model(read(abstract=True), config)
+        model = read(abstract=abstract, quantize=section.quantize, quantize_exclude=plain)
     if model.config.max_length < config.data.max_length:
         raise ValueError(
             f"`data.max_length` is {config.data.max_length}, and the model has positions for "

@@ -104,7 +104,9 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     file = options.out / "results.json"
     if not file.exists():
         options.out.mkdir(parents=True, exist_ok=True)
-        return {**about, "bases": {}}
+        results = {**about, "bases": {}}
+        write(file, json.dumps(results, indent=1))
+        return results
     results = json.loads(file.read_text(encoding="utf-8"))
     before = {key: results.get(key) for key in about}
     if changed := [f"{k}: {before[k]} -> {v}" for k, v in about.items() if before[k] != v]:

@@ -73,8 +73,9 @@ def make_plan(
     assert shapes.keys() == names.entries.keys(), shapes.keys() ^ names.entries.keys()
     codes: dict[str, Layout] = {}
     if scheme is not None:
-        known, plain = weight_layouts(module), _patterns("quantize_exclude", exclude)
-        codes = {path: known[path] for path in choose(shapes, (ALL_LINEAR,), plain, known)}
+        known, name = weight_layouts(module), "quantize_exclude"
+        chosen = choose(shapes, (ALL_LINEAR,), _patterns(name, exclude), known, name)
+        codes = {path: known[path] for path in chosen}
     in_order = {path: shapes[path] for path in names.entries}
     return Plan(names=names, shapes=in_order, codes=codes, scheme=scheme)
 

@@ -53,9 +53,11 @@ def sum_in_chunks(
     """
     positions = _positions(rows, chunk)
     leaves, tree = jax.tree.flatten((params, rows))
-    leaves = _as_varying(leaves)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
     count = len(jax.tree.leaves(params))
     job = _Job(lambda params, rows: fn(*tree.unflatten([*params, *rows])), positions, chunk)
+    total, _ = _zero_sums(job, leaves[:count], leaves[count:])
+    leaves = _as_varying(leaves, varying_axes(total))
     return _sum(job, leaves[:count], leaves[count:])
 
 
@@ -136,10 +138,8 @@ def _zero_sums(job: _Job, params: list[Any], rows: list[Any]) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf)), given)
 
 
-def _as_varying(leaves: list[Any]) -> list[jax.Array]:
-    """All leaves as shards that differ where some do, which a `shard_map` wants of a loop."""
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    axes = frozenset().union(*map(varying_axes, leaves))
+def _as_varying(leaves: list[jax.Array], axes: frozenset[str]) -> list[jax.Array]:
+    """All leaves as shards that differ where the sum does: in a `shard_map` cotangents do."""
     missing = [tuple(sorted(axes - varying_axes(leaf))) for leaf in leaves]
     return [lax.pcast(x, a, to="varying") if a else x for x, a in zip(leaves, missing, strict=True)]
 
@@ -159,9 +159,9 @@ def _add(sums: Any, terms: Any) -> Any:
 
 def _wide(leaf: Any) -> Any:
     """A dtype that sums of many such numbers fit in."""
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.promote_types(leaf.dtype, jnp.float32)
-    return leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.int32
+    if leaf.dtype.itemsize >= 4:
+        return leaf.dtype
+    return jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32
 
 
 def _positions(rows: Any, chunk: int) -> int:

@@ -37,6 +37,10 @@ EXPLICIT = {
         P("tensor", None), P("data", "tensor"),
         lambda w, x: jnp.einsum("bi,io->bo", x, w, out_sharding=P("data", "tensor")),
     ),
+    "free-of-its-own-cut": (
+        P(None, "data"), P("data"),
+        lambda w, x: jnp.einsum("bi,io->bo", x, w, out_sharding=P("data", None)),
+    ),
     "gathered-first": (
         P("tensor", None), P("data"),
         lambda w, x: x @ jax.sharding.reshard(w, P(None, None)),

@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
@@ -128,13 +127,8 @@ def test_any_order_of_the_axes(scheme, order):
 def test_a_weight_that_a_loop_outside_has_sliced_is_refused(codes, halves, half, x):
     weights = codes if half == "bare" else lora_jax.combine(*halves)
     apply = lora_jax.adapt(lambda params, x: x @ params["kernel"])
-    with pytest.raises(ValueError, match=r"layout is 'stack in out'.*scan.*slice inside"):
+    with pytest.raises(ValueError, match=r"layout (is )?'stack in out'.*scan"):
         jax.lax.scan(lambda x, params: (apply(params, x), None), x, weights)
-
-
-def test_one_tree_with_codes_is_not_trained(halves):
-    with pytest.raises(ValueError, match=r"1 weights .* quantised.*halves of `split`"):
-        lora_jax.masked(optax.sgd(1.0), lora_jax.combine(*halves))
 
 
 def test_casts_round_as_they_do_on_the_plain_weight():

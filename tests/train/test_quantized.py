@@ -187,6 +187,7 @@ def test_a_dry_run_shows_what_would_be_held(folder, capsys, decoder_directory):
     ("settings", "message"),
     [
         pytest.param(["model.quantize=nf5"], "did you mean 'nf4'?", id="unknown"),
+        pytest.param([NF4, "lora.train=[typo]"], "`train` pattern 'typo'", id="no-such-weight"),
         pytest.param(
             [NF4, "lora.train=[.*]", "lora.targets=[]"],
             "leaves none of the",

@@ -192,10 +192,12 @@ def _encode(
             f"{' '.join(layout)!r}: it takes an axis for each word, and none of size 0."
         )
     cut = jax.typeof(weight).sharding.spec  # known on a mesh with explicit axes alone
-    if scheme == "nf4" and any(cut):
+    wrong = [kind for kind, places in zip(layout, cut, strict=False) if places is not None]
+    if "stack" in wrong or (scheme == "nf4" and wrong):
         raise ValueError(
-            f"{name} is cut as {cut} on a mesh with explicit axes, which blocks of nf4 run across. "
-            "Quantise it whole, jax.sharding.reshard(weight, P()), or on a mesh with Auto axes."
+            f"{name} is cut as {cut} on a mesh with explicit axes, where nf4 takes weights and all "
+            "schemes take stacks that are whole: jax.sharding.reshard(weight, P()) before, or a "
+            "mesh with Auto axes."
         )
     codes, largest = _encode_stack(weight, layout, scheme, int(block), double)
     # A NaN is not at most anything.
