@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=1024,
         help="tokens of the loss at a time; 0 is all (%(default)s)",
     )
-    add("--variants", nargs="+", default=[], help="more rows of ours: remat=named,chunk=8192 ...")
+    add("--variants", nargs="+", default=[], help="more rows of ours: remat=named xla_...=True ...")
     add("--compilation-cache", metavar="DIR", help="by default an empty one, removed afterwards")
     add("--once", action="store_true", help="one process, not one to fill the cache before it")
     add("--profile", metavar="DIR", help="also trace ours: longest kernels, largest buffers")

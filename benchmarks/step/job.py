@@ -21,6 +21,7 @@ class Job:
         layers: Of ours: ``"unrolled"``, ``"scanned"``, or how many a step of the scan has.
         remat: Of ours: the policy; None is that of the case.
         chunk: Of ours: tokens whose logits exist at a time; 0 is all.
+        xla: Of ours: options of the compiler, by name.
         cache: Directory of JAX's compilation cache; None is none.
         profile: Directory for a trace and a memory report in place of figures; None is none.
     """
@@ -34,6 +35,7 @@ class Job:
     layers: str = "unrolled"
     remat: str | None = None
     chunk: int = 1024
+    xla: dict[str, str] = dataclasses.field(default_factory=dict)
     cache: str | None = None
     profile: str | None = None
 
@@ -56,18 +58,23 @@ def changes_of(variant: str) -> dict[str, Any]:
 
     >>> changes_of("remat=named,chunk=8192")
     {'remat': 'named', 'chunk': 8192}
+    >>> changes_of("xla_gpu_enable_triton_gemm=False")
+    {'xla': {'xla_gpu_enable_triton_gemm': 'False'}}
 
     Raises:
         ValueError: It names something else than an option of ours.
     """
     pairs = [part.partition("=") for part in variant.split(",")]
     changes: dict[str, Any] = {name: value for name, _, value in pairs}
+    xla = {name: changes.pop(name) for name in list(changes) if name.startswith("xla_")}
     if unknown := sorted(set(changes) - {"layers", "remat", "chunk"}):
         raise ValueError(
-            f"A variant sets layers, remat or chunk, as in 'remat=named,chunk=8192'; it does not "
-            f"set {', '.join(unknown)}."
+            f"A variant sets layers, remat, chunk or options of XLA, as in "
+            f"'remat=named,chunk=8192'; it does not set {', '.join(unknown)}."
         )
-    return changes | ({"chunk": tokens(changes["chunk"])} if "chunk" in changes else {})
+    if "chunk" in changes:
+        changes["chunk"] = tokens(changes["chunk"])
+    return changes | ({"xla": xla} if xla else {})
 
 
 def tokens(text: str) -> int:

@@ -44,7 +44,7 @@ def measure(job: Job) -> dict[str, Any]:
     step = training.make_train_step(make_loss(model, job.chunk), tx, mesh)
     lowered = step.lower(state, frozen, data[0])
     figures["trace_seconds"] = stopwatch.lap()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=job.xla)
     figures |= {"compile_seconds": stopwatch.lap(), "planned": planned(compiled)}
 
     say("running")
