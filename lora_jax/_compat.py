@@ -42,12 +42,8 @@ def equation_context(eqn: Any):
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The mesh axes over which an array differs inside a `shard_map`.
-
-    JAX 0.10 and later have them in ``mat``, others in ``vma``; an AttributeError is neither.
-    """
-    aval = jax.typeof(x)
-    return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
+    """The mesh axes over which an array differs inside a `shard_map`."""
+    return frozenset(jax.typeof(x).mat.varying)
 
 
 def source_line(eqn: Any) -> tuple[str, int] | None:

@@ -3,12 +3,11 @@
 contract(x, ["t", "in"], a, ["in", "rank"], ["t", "rank"])   ==   x @ a
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = Sequence[Hashable]
 
@@ -22,7 +21,7 @@ def contract(
     *,
     precision: Any = None,
     dtype: Any = None,
-    place: NamedSharding | None = None,
+    place: Callable[[Axes], Any] | None = None,
 ) -> jax.Array:
     """Contracts ``x`` and ``y`` over the axes that ``out_axes`` does not name.
 
@@ -34,7 +33,8 @@ def contract(
         out_axes: Names of the result's axes, in order; each stands in ``x_axes`` or ``y_axes``.
         precision: As in ``jax.lax.dot_general``.
         dtype: Of the accumulation and the result, ``preferred_element_type``.
-        place: Where the result is, on a mesh with explicit axes; None leaves it to JAX.
+        place: Names of axes, in order -> the sharding of an array that has these: where the result
+            is, on a mesh with explicit axes. None, and a None that it gives, leave it to JAX.
     """
     x, x_axes = _sum_out(x, x_axes, {*y_axes, *out_axes})
     y, y_axes = _sum_out(y, y_axes, {*x_axes, *out_axes})
@@ -53,7 +53,7 @@ def contract(
         ),
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=None if place is None else _along(place, out_axes, made),
+        out_sharding=place(made) if place else None,
     )
     order = [made.index(name) for name in out_axes]
     return result if order == sorted(order) else lax.transpose(result, order)
@@ -64,9 +64,3 @@ def _sum_out(x: jax.Array, axes: Axes, wanted: set[Hashable]) -> tuple[jax.Array
     lone = [i for i, name in enumerate(axes) if name not in wanted]
     kept = [name for name in axes if name in wanted]
     return (x.sum(lone) if lone else x), kept
-
-
-def _along(place: NamedSharding, axes: Axes, order: Axes) -> NamedSharding:
-    """The same place for an array whose axes come in another order."""
-    places = dict(zip(axes, place.spec, strict=True))
-    return NamedSharding(place.mesh, PartitionSpec(*(places[name] for name in order)))

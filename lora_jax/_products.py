@@ -122,14 +122,14 @@ def _low_rank(
     dtype, place = weight.w.dtype, _places(base, out_axes)
     t = contract(
         x, x_axes, first.astype(dtype), first_axes, t_axes,
-        precision=precision, place=place(t_axes),
+        precision=precision, place=place,
     )  # fmt: skip
     t = checkpoint_name(t.astype(dtype), LOW_RANK)  # small, and the gradient of `second` reads it
     second = (weight.scale * second).astype(dtype)
     made = [axis for axis in out_axes if axis in t_axes or axis in second_axes]
     update = contract(
         t, t_axes, second, second_axes, made,
-        precision=precision, dtype=base.dtype, place=place(made),
+        precision=precision, dtype=base.dtype, place=place,
     )  # fmt: skip
     if made != out_axes:
         axes = [axis for axis, name in enumerate(out_axes) if name in made]
@@ -137,7 +137,7 @@ def _low_rank(
     return update
 
 
-def _places(base: jax.Array, out_axes: list[Hashable]) -> Callable[[list[Hashable]], Any]:
+def _places(base: jax.Array, out_axes: list[Hashable]) -> Callable[[Sequence[Hashable]], Any]:
     """Where an array with some of the base's axes is: there where the base is.
 
     Only where JAX knows that, on a mesh with explicit axes: the product may have been told, and

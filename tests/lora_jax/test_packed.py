@@ -12,6 +12,7 @@ from lora_jax.ops.quantized import quantize_weight
 from lora_jax.testing import assert_trees_close, assert_trees_equal
 
 LAYERS, WIDTH = 8, 128
+LAYER = WIDTH * WIDTH * 4  # bytes of one layer in float32
 STACKED = ("stack", "in", "out")
 CONFIG = lora_jax.LoraConfig(rank=2, alpha=4, targets=("kernel",), layouts={"kernel": STACKED})
 
@@ -56,6 +57,16 @@ def loss(fn, frozen, x):
     return lambda trainable: adapted(lora_jax.combine(frozen, trainable), x).sum()
 
 
+def temporaries(fn, frozen, trainable, x):
+    """Bytes that a gradient needs beside what goes in and out."""
+
+    def gradient(trainable, frozen):
+        return jax.grad(loss(fn, frozen, x))(trainable)
+
+    compiled = jax.jit(gradient).lower(trainable, frozen).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.parametrize("fn", [scanned, unrolled])
 def test_no_residual_of_the_backward_pass_is_a_dequantised_weight(fn, halves, x):
     frozen, trainable = halves
@@ -67,15 +78,8 @@ def test_no_residual_of_the_backward_pass_is_a_dequantised_weight(fn, halves, x)
 
 
 def test_a_scan_dequantises_one_layer_at_a_time(halves, x):
-    frozen, trainable = halves
-
-    def gradient(trainable, frozen):
-        return jax.grad(loss(scanned, frozen, x))(trainable)
-
-    compiled = jax.jit(gradient).lower(trainable, frozen).compile()
-    layer = WIDTH * WIDTH * 4
     # One layer, its float32 values before they are turned, and what is small beside them.
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * layer < LAYERS * layer
+    assert temporaries(scanned, *halves, x) < 4 * LAYER < LAYERS * LAYER
 
 
 def turned(params, x):
@@ -100,14 +104,8 @@ def named(params, x):
 @pytest.mark.parametrize("fn", [turned, backwards, in_groups, named])
 def test_a_stack_that_is_rearranged_is_still_dequantised_by_layers(fn, halves, x):
     frozen, trainable = halves
-
-    def gradient(trainable, frozen):
-        return jax.grad(loss(fn, frozen, x))(trainable)
-
-    compiled = jax.jit(gradient).lower(trainable, frozen).compile()
-    layer = WIDTH * WIDTH * 4
     # As above, and the codes and factors once more, in their new order.
-    assert compiled.memory_analysis().temp_size_in_bytes < 5 * layer < LAYERS * layer
+    assert temporaries(fn, frozen, trainable, x) < 5 * LAYER < LAYERS * LAYER
     apply = lora_jax.adapt(fn, on_materialize="error")
     found = jax.jit(apply)(lora_jax.combine(frozen, trainable), x)
     expected = jax.jit(fn)(lora_jax.merge(lora_jax.dequantize(frozen), trainable), x)

@@ -66,7 +66,8 @@ def quantize(
     Raises:
         ValueError: A pattern matches nothing; a chosen weight is no matrix of floats, is not
             finite (checked on concrete arrays), or is quantised or adapted already; the scheme
-            is unknown or takes no such option; nf4 of a weight that is cut along explicit axes.
+            is unknown or takes no such option; nf4 of a weight, or a stack, that is cut
+            along explicit axes.
 
     Example:
         >>> params = {"query": {"kernel": jnp.eye(64), "bias": jnp.zeros(64)}}
@@ -195,9 +196,9 @@ def _encode(
     wrong = [kind for kind, places in zip(layout, cut, strict=False) if places is not None]
     if "stack" in wrong or (scheme == "nf4" and wrong):
         raise ValueError(
-            f"{name} is cut as {cut} on a mesh with explicit axes, where nf4 takes weights and all "
-            "schemes take stacks that are whole: jax.sharding.reshard(weight, P()) before, or a "
-            "mesh with Auto axes."
+            f"{name} is cut as {cut} on a mesh with explicit axes. There nf4 needs the whole "
+            "weight, and every scheme whole stacked axes: call jax.sharding.reshard(weight, P()) "
+            "first, or make the mesh with Auto axes."
         )
     codes, largest = _encode_stack(weight, layout, scheme, int(block), double)
     # A NaN is not at most anything.
