@@ -193,7 +193,8 @@ def from_pretrained(
     Raises:
         ValueError: There is no such checkpoint; its config has a field that this model does
             not honour; tensors are missing, left over or of another shape (all listed);
-            ``quantize`` is no scheme; a pattern of ``quantize_exclude`` matches no weight.
+            ``quantize`` is no scheme; a pattern of ``quantize_exclude`` matches no weight,
+            or it is given without ``quantize``.
 
     Warns:
         NewHeadWarning: See ``new_head``.

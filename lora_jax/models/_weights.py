@@ -64,11 +64,17 @@ def make_plan(
         exclude: Patterns of matrices that stay plain.
 
     Raises:
-        ValueError: There is no such scheme, or a pattern matches no weight.
+        ValueError: There is no such scheme, a pattern matches no weight, or there is none to
+            exclude from.
     """
     if scheme is not None and scheme not in SCHEMES:
         known = ", ".join(SCHEMES)
         raise ValueError(f"`quantize` is None or one of {known}, got {scheme!r}.")
+    if exclude and scheme is None:
+        raise ValueError(
+            f"`quantize_exclude` {exclude!r} is given without `quantize`, where every weight is "
+            "plain. Leave it out, or name a scheme."
+        )
     shapes, _ = flatten(_params_of(module))
     assert shapes.keys() == names.entries.keys(), shapes.keys() ^ names.entries.keys()
     codes: dict[str, Layout] = {}

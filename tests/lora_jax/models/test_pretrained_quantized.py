@@ -199,6 +199,32 @@ def test_an_unknown_scheme_names_the_known_ones(tmp_path, scheme, abstract):
         from_pretrained(where, LM, quantize=scheme, abstract=abstract)
 
 
+def test_what_is_excluded_stays_plain(tmp_path):
+    where = decoders.checkpoint(tmp_path, "llama")
+    some = from_pretrained(where, LM, quantize="nf4", quantize_exclude="up").params
+    plain, codes = (
+        from_pretrained(where, LM).params,
+        from_pretrained(where, LM, quantize="nf4").params,
+    )
+    for index, layer in some["layers"].items():
+        assert_trees_equal(layer["mlp"]["up"], plain["layers"][index]["mlp"]["up"])
+        assert_same_codes(layer["attention"], codes["layers"][index]["attention"])
+
+
+@pytest.mark.parametrize(
+    ("quantize", "exclude", "message"),
+    [
+        ("nf4", "typo", "`quantize_exclude` pattern 'typo' matches none"),
+        ("nf4", (".*",), "`quantize_exclude` .* leaves none"),
+        (None, "up", "'up' is given without `quantize`"),
+    ],
+)
+def test_wrong_exclusions(tmp_path, quantize, exclude, message):
+    where = decoders.checkpoint(tmp_path, "llama")
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(where, LM, quantize=quantize, quantize_exclude=exclude)
+
+
 def test_a_quantised_checkpoint_is_still_refused(tmp_path):
     where = decoders.checkpoint(tmp_path, "llama", quantization_config={"load_in_4bit": True})
     with pytest.raises(ValueError, match="`quantization_config`"):
