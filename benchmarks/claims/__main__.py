@@ -17,7 +17,7 @@ from . import arithmetic, figure, processes, tables
 from .jobs import GRIDS, Job, groups
 from .shapes import SHAPES
 
-PARTS = {"a": 1, "b": 4, "c": 1, "d": 4, "e": 2}  # shares of the time that is left
+PARTS = {"a": 1, "b": 4, "c": 2, "d": 3, "e": 2}  # shares of the time that is left
 MINUTES = 9.0
 SECONDS = 3.0
 SPARE = 10.0  # seconds, for the tables and the figure

@@ -110,12 +110,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = ours.add_argument
     add("--layers", default="unrolled", help="unrolled, scanned, or how many a step (%(default)s)")
     add("--remat", metavar="NAME", help="policy; by default that of the case")
-    add(
-        "--chunk",
-        type=tokens,
-        default=1024,
-        help="tokens of the loss at a time; 0 is all (%(default)s)",
-    )
+    chunk = "tokens of the loss at a time; 0 is all; by default that of the case"
+    add("--chunk", type=tokens, metavar="TOKENS", help=chunk)
     add("--variants", nargs="+", default=[], help="more rows of ours: remat=named xla_...=True ...")
     add("--compilation-cache", metavar="DIR", help="by default an empty one, removed afterwards")
     add("--once", action="store_true", help="one process, not one to fill the cache before it")

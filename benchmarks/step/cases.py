@@ -32,12 +32,14 @@ class Case:
         remat: Whether every layer is recomputed in the backward pass, by every contender.
         policy: What ours recomputes where it is not every layer; see `lora_jax.models._remat`.
         scheme: What the base is quantised in; None is bfloat16.
+        chunk: Of ours: tokens whose logits exist at a time; 0 is all.
     """
 
     shape: Shape
     remat: bool = False
     policy: str = "none"
     scheme: str | None = None
+    chunk: int = 1024
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -52,10 +54,10 @@ def _case(size: str, **options: Any) -> Case:
 
 CASES: Mapping[str, Case] = {
     "llama-1b": _case("llama-1b", policy="named"),
-    "llama-1b-remat": _case("llama-1b", remat=True),
+    "llama-1b-remat": _case("llama-1b", remat=True, chunk=512),
     "llama-8b": _case("llama-8b", policy="named"),
-    "llama-8b-nf4": _case("llama-8b", policy="named", scheme="nf4"),
-    "llama-8b-nf4-remat": _case("llama-8b", scheme="nf4", remat=True),
+    "llama-8b-nf4": _case("llama-8b", policy="named", scheme="nf4", chunk=512),
+    "llama-8b-nf4-remat": _case("llama-8b", scheme="nf4", remat=True, chunk=512),
     "gpt2-medium": _case("gpt2-medium"),
     "roberta-base": _case("roberta-base", policy="dots"),
     "tiny": _case("tiny"),

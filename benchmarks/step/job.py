@@ -20,7 +20,7 @@ class Job:
         start_only: Stop after the first step: what remains is what it took to get there.
         layers: Of ours: ``"unrolled"``, ``"scanned"``, or how many a step of the scan has.
         remat: Of ours: the policy; None is that of the case.
-        chunk: Of ours: tokens whose logits exist at a time; 0 is all.
+        chunk: Of ours: tokens whose logits exist at a time; None is what the case says.
         xla: Of ours: options of the compiler, by name.
         cache: Directory of JAX's compilation cache; None is none.
         profile: Directory for a trace and a memory report in place of figures; None is none.
@@ -34,7 +34,7 @@ class Job:
     start_only: bool = False
     layers: str = "unrolled"
     remat: str | None = None
-    chunk: int = 1024
+    chunk: int | None = None
     xla: dict[str, str] = dataclasses.field(default_factory=dict)
     cache: str | None = None
     profile: str | None = None

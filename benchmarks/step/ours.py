@@ -41,7 +41,8 @@ def measure(job: Job) -> dict[str, Any]:
 
     say("compiling")
     stopwatch.lap()
-    step = training.make_train_step(make_loss(model, job.chunk), tx, mesh)
+    chunk = job.work.chunk if job.chunk is None else job.chunk
+    step = training.make_train_step(make_loss(model, chunk), tx, mesh)
     lowered = step.lower(state, frozen, data[0])
     figures["trace_seconds"] = stopwatch.lap()
     compiled = lowered.compile(compiler_options=job.xla)
