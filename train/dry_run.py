@@ -34,7 +34,7 @@ def dry_run(config: Config, console: Console) -> dict[str, Any]:
     Raises:
         ValueError: The config, the data or the model does not fit.
     """
-    mesh = training.data_mesh()
+    mesh = training.make_mesh()
     task = task_of(config)
     sets = task.load_sets(config)
     plan = make_plan(config, len(sets.train.sizes), mesh)

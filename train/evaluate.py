@@ -82,7 +82,7 @@ def evaluate(
     if not base:
         halves = adapter.load(directory / run_directory.ADAPTER, model)
 
-    mesh = training.data_mesh()
+    mesh = training.make_mesh()
     frozen, trainable = training.replicate(halves, mesh)
     step = compiled_once(make_eval_step(task, model, mesh), "evaluation", console)
     batch_size = -(-config.training.batch_size // mesh.size) * mesh.size

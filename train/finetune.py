@@ -90,7 +90,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]:
     """Everything before the first step. Nothing is written until all of it has been checked."""
     resuming = run_directory.check_directory(config)
-    mesh = training.data_mesh()
+    mesh = training.make_mesh()
     task = task_of(config)
     sets = task.load_sets(config)
     plan = make_plan(config, len(sets.train.sizes), mesh)

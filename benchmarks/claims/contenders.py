@@ -97,7 +97,7 @@ def optimizer() -> optax.GradientTransformation:
 
 def one_device() -> jax.sharding.Mesh:
     """A mesh of the first device."""
-    return training.data_mesh(jax.devices()[:1])
+    return training.make_mesh(devices=jax.devices()[:1])
 
 
 def batch_of(shape: Shape, batch: int, length: int) -> dict[str, jax.Array]:

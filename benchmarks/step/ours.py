@@ -29,7 +29,7 @@ CHAIN = 20
 def measure(job: Job) -> dict[str, Any]:
     """All figures of our step; see `benchmarks.step` for what each of them is."""
     use_cache(job.cache)
-    mesh = training.data_mesh(jax.devices()[:1])
+    mesh = training.make_mesh(devices=jax.devices()[:1])
     stopwatch = Stopwatch()
     say("drawing weights")
     model = make_model(job)

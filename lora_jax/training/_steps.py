@@ -14,14 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import batch_sharding, check_batch, replicated
-
-
-class StepKeys(NamedTuple):
-    """The randomness of one step: a key for LoRA dropout and one for the model's own."""
-
-    lora: jax.Array
-    model: jax.Array
+from ._placement import Placement
 
 
 class TrainState(NamedTuple):
@@ -53,16 +48,25 @@ def step_keys(key: jax.Array, step: jax.Array | int) -> StepKeys:
 
 
 def make_train_step(
-    loss_fn: Callable[[Any, Any, Any, StepKeys], jax.Array],
+    loss_fn: LossFn,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    *,
+    placement: Placement | None = None,
+    accumulate: int = 1,
 ) -> Any:
     """Makes the jitted train step.
 
     Args:
-        loss_fn: ``(trainable, frozen, batch, keys) -> ()``, the mean over the whole batch.
+        loss_fn: ``(trainable, frozen, batch, keys) -> ()``, the mean over the batch, each example
+            alike; or ``-> (sum, weight)``, ``()`` each, whose quotient is the loss: a mean over
+            tokens, of which batches have more or fewer.
         tx: The optimizer.
-        mesh: The mesh of `data_mesh`: batches are cut over it, state stands on every device.
+        mesh: The mesh of `make_mesh`: batches are cut over its axes ``data`` and ``fsdp``.
+        placement: Where both halves live, of `placements`; None is whole on every device.
+        accumulate: Take the batch apart into this many, one after the other, so that only the
+            activations of one exist: the gradient is that of the whole batch, to rounding. Each
+            has step keys of its own.
 
     Returns:
         A jitted ``(state, frozen, batch) -> (state, metrics)``; it has ``.lower``. The state
@@ -70,26 +74,36 @@ def make_train_step(
         ``grad_norm``, ``()`` each, of this step's weights before their update.
 
     Raises:
-        ValueError: At the call, for a batch that does not divide over the devices.
+        ValueError: ``accumulate`` is below 1; or at the call, for a batch that does not divide
+            over the devices and ``accumulate``.
     """
+    if accumulate < 1:
+        raise ValueError(f"`accumulate` must be at least 1, got {accumulate}.")
 
     def train_step(state: TrainState, frozen: Any, batch: Any):
-        check_batch(batch, mesh)
+        check_batch(batch, mesh, accumulate)
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         keys = step_keys(state.key, state.step)
-        loss, grads = jax.value_and_grad(loss_fn)(state.trainable, frozen, batch, keys)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+        loss, grads = mean_gradient(loss_fn, state.trainable, frozen, batch, keys, accumulate)
+        return advanced(state, tx, loss, grads)
 
     whole = replicated(mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(whole, whole, None),
-        out_shardings=(whole, whole),
-        donate_argnums=0,
-    )
+    if placement is None:
+        ins, outs = (whole, whole, None), (whole, whole)
+    else:
+        ins = (None, placement.frozen, None)
+        outs = (None, whole)
+    return jax.jit(train_step, in_shardings=ins, out_shardings=outs, donate_argnums=0)
+
+
+def advanced(
+    state: TrainState, tx: optax.GradientTransformation, loss: jax.Array, grads: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state one update further, and the step's figures."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
 
 def make_eval_step(apply_fn: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Any:
@@ -97,7 +111,7 @@ def make_eval_step(apply_fn: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Any:
 
     Args:
         apply_fn: ``(trainable, frozen, batch) -> outputs``, a tree of ``(examples, ...)``.
-        mesh: The mesh of `data_mesh`.
+        mesh: The mesh of `make_mesh`.
 
     Returns:
         A jitted function of the same signature whose outputs stand whole on every device.

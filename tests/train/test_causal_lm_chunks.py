@@ -101,7 +101,7 @@ def test_a_step_on_eight_devices_is_that_of_one_and_gathers_nothing(
     batch, (frozen, trainable) = batch_of(tokenizer), halves(model)
     found = []
     for devices in (jax.devices()[:1], jax.devices()):
-        mesh, tx = training.data_mesh(devices), optax.sgd(1e-3)
+        mesh, tx = training.make_mesh(devices=devices), optax.sgd(1e-3)
         step = make_train_step(causal_lm, model, tx, mesh, 0.1)
         begin = training.init_state(trainable, tx, jax.random.key(0))
         state, frozen = training.replicate((begin, frozen), mesh)

@@ -105,7 +105,7 @@ def test_a_dry_run_says_what_would_run_without_weights_and_writes_nothing(
 
 def test_memory_is_a_line_through_two_batch_sizes(monkeypatch):
     monkeypatch.setattr(dry_run, "device_bytes", lambda: 1000)
-    mesh = training.data_mesh(jax.devices()[:4])
+    mesh = training.make_mesh(devices=jax.devices()[:4])
     sizes = []
 
     def bytes_of(batch):

@@ -200,7 +200,7 @@ def on_devices(count, kind):
     """The gradient on a mesh, compiled, and its results on the host."""
     params, rows = draw()
     frozen, trainable = halves(params, kind)
-    mesh = training.data_mesh(jax.devices()[:count])
+    mesh = training.make_mesh(devices=jax.devices()[:count])
 
     def total(trainable, rows):
         hidden = jnp.sin(rows.hidden)

@@ -31,7 +31,7 @@ def equal(left, right):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_restore_is_the_identity_in_a_new_process_of_the_manager(tmp_path, devices):
-    mesh = training.data_mesh(jax.devices()[:devices])
+    mesh = training.make_mesh(devices=jax.devices()[:devices])
     state = training.replicate(state_of(5), mesh)
     manager = checkpoints.open_checkpoints(tmp_path)
     checkpoints.save(manager, 3, state, notes={"position": 96}, score=0.5)

@@ -48,7 +48,7 @@ def start():
 def train(start, devices, steps=3):
     frozen, trainable, batch, tx = start
     state = training.init_state(trainable, tx, jax.random.key(7))
-    mesh = training.data_mesh(jax.devices()[:devices])
+    mesh = training.make_mesh(devices=jax.devices()[:devices])
     step = training.make_train_step(loss_fn, tx, mesh)
     state, frozen = training.replicate((state, frozen), mesh)
     losses = []
@@ -87,7 +87,7 @@ def test_a_step_moves_everything_that_trains_and_takes_no_optimizer_state_for_th
 def test_the_state_that_goes_in_is_consumed_and_the_frozen_half_is_not(start):
     frozen, trainable, batch, tx = start
     state = training.init_state(trainable, tx, jax.random.key(7))
-    mesh = training.data_mesh()
+    mesh = training.make_mesh()
     step = training.make_train_step(loss_fn, tx, mesh)
     state, frozen = training.replicate((state, frozen), mesh)
     step(state, frozen, training.shard_batch(batch, mesh))
@@ -99,7 +99,7 @@ def test_init_state_leaves_the_weights_it_was_given(start):
     frozen, _, batch, tx = start
     weight = jnp.ones((4, 2))
     state = training.init_state({"head/kernel": weight}, tx, jax.random.key(0))
-    mesh = training.data_mesh(jax.devices()[:1])
+    mesh = training.make_mesh(devices=jax.devices()[:1])
 
     def loss(trainable, frozen, batch, keys):
         return jnp.mean((batch["x"][:, :4] @ trainable["head/kernel"]) ** 2)
@@ -128,7 +128,7 @@ def test_step_keys_differ_between_steps_and_uses_and_depend_on_nothing_else():
 def test_a_batch_must_divide_over_the_devices(start, call, size, nearest):
     frozen, trainable, batch, tx = start
     state = training.init_state(trainable, tx, jax.random.key(7))
-    mesh = training.data_mesh()
+    mesh = training.make_mesh()
     batch = {name: array[:size] for name, array in batch.items()}
     calls = {
         "shard": lambda: training.shard_batch(batch, mesh),
@@ -142,7 +142,7 @@ def test_a_batch_must_divide_over_the_devices(start, call, size, nearest):
 
 def test_eval_outputs_stand_whole_on_every_device(start):
     frozen, trainable, batch, _ = start
-    mesh = training.data_mesh()
+    mesh = training.make_mesh()
 
     def outputs(trainable, frozen, batch):
         return ADAPTED(lora_jax.combine(frozen, trainable), batch["x"])

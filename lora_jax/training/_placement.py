@@ -1,0 +1,228 @@
+"""Where weights live on a mesh: each is cut over devices by a rule on its path and its axes.
+
+    w (in, out)   P("fsdp", "tensor")     most matrices
+    w (in, out)   P("tensor", "fsdp")     those that bring a layer's features back together
+    a (in, rank)  as the in axes of w     b (rank, out)  as the out axes of w
+
+The rank and stacked axes are never cut, nor are vectors. An axis that a number of devices does not
+divide stands whole on all of them, and the log says once what that costs.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._config import Layout
+from .._paths import flatten
+from .._quantized import QuantizedWeight, is_quantized
+from .._targets import matches
+from .._weights import Factors
+from ._mesh import replicated
+
+log = logging.getLogger(__name__)
+
+Rules = Mapping[str, Mapping[str, str]]
+"""Pattern of paths, as in `LoraConfig` -> axis kind (``"in"``, ``"out"``) -> axis of the mesh."""
+
+RULES: Rules = MappingProxyType(
+    {
+        "out|down|output|o_proj|down_proj|wo": {"in": "tensor", "out": "fsdp"},
+        "[^/]*embed[^/]*|wte|wpe": {"in": "tensor", "out": "fsdp"},
+        ".*": {"in": "fsdp", "out": "tensor"},
+    }
+)
+"""The first pattern to match a path decides."""
+
+
+class Whole(NamedTuple):
+    """A weight that stands whole on every device of a mesh axis that was to cut it.
+
+    Attributes:
+        path: The weight's path.
+        axis: The mesh's axis.
+        why: In words.
+        nbytes: What each device holds in addition.
+    """
+
+    path: str
+    axis: str
+    why: str
+    nbytes: int
+
+
+class Placement(NamedTuple):
+    """Where both halves of `lora_jax.split` live.
+
+    Attributes:
+        frozen: The structure of the frozen half, a ``NamedSharding`` for each array.
+        trainable: The same of the trainable half.
+        whole: What could not be cut as its rule says.
+    """
+
+    frozen: Any
+    trainable: Any
+    whole: tuple[Whole, ...]
+
+
+def placements(
+    frozen: Any,
+    trainable: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    layouts: Mapping[str, Layout] | None = None,
+    rules: Rules = RULES,
+) -> Placement:
+    """Chooses a sharding for each array of both halves.
+
+    Args:
+        frozen: The frozen half of `lora_jax.split`, arrays or their shapes.
+        trainable: The trainable half.
+        mesh: The mesh of `make_mesh`.
+        layouts: Path -> layout of weights without factors, as `lora_jax.layouts` measures it.
+            A matrix is ``(in, out)`` without; a weight of more axes stands whole on all devices.
+        rules: Which axes are cut over which of the mesh. The first pattern to match decides.
+
+    Raises:
+        ValueError: A rule names an axis that the mesh has not.
+    """
+    _check_rules(rules, mesh)
+    leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
+    places: dict[str, Any] = {}
+    moving: dict[str, Any] = {}
+    whole: list[Whole] = []
+    for path, leaf in leaves.items():
+        trained = trainable.get(path)
+        weight = trained if leaf is None else leaf
+        layout = trained.layout if isinstance(trained, Factors) else (layouts or {}).get(path)
+        cut, failed = _cut(path, weight.shape, layout, mesh, rules)
+        places[path] = None if leaf is None else _place(leaf, cut, layout, mesh)
+        if trained is not None:
+            moving[path] = _place(trained, cut, layout, mesh)
+        shards = math.prod(mesh.shape[name] for name in cut.values())
+        whole += [
+            Whole(path, name, why, round(_nbytes(weight) / shards * (1 - 1 / mesh.shape[name])))
+            for name, why in failed.items()
+        ]
+    if whole:
+        _say(whole)
+    return Placement(treedef.unflatten(places.values()), moving, tuple(whole))
+
+
+def state_placement(state: Any, tx: optax.GradientTransformation, placement: Placement) -> Any:
+    """Where a `TrainState` lives: moments of the optimizer with what they are moments of.
+
+    Args:
+        state: Of `init_state`, or its shapes.
+        tx: The optimizer.
+        placement: Of `placements`.
+    """
+    mesh = jax.tree.leaves((placement.frozen, placement.trainable))[0].mesh
+    whole = replicated(mesh)
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, place: place,
+        state.opt_state,
+        placement.trainable,
+        transform_non_params=lambda _: whole,
+    )
+    return state._replace(
+        step=whole, trainable=placement.trainable, opt_state=opt_state, key=whole
+    )
+
+
+Cut = Mapping[int, str]
+"""Axis of a weight -> the mesh's axis that it is cut over."""
+
+
+def _check_rules(rules: Rules, mesh: Mesh) -> None:
+    for pattern, rule in rules.items():
+        if unknown := sorted(set(rule) - {"in", "out"}):
+            raise ValueError(f"Rule {pattern!r} cuts {unknown[0]!r}: axes are 'in' or 'out'.")
+        if absent := sorted(set(rule.values()) - set(mesh.axis_names)):
+            raise ValueError(
+                f"Rule {pattern!r} cuts over {absent[0]!r}, and the mesh has the axes "
+                f"{', '.join(map(repr, mesh.axis_names))}."
+            )
+
+
+def _cut(
+    path: str, shape: Sequence[int], layout: Layout | None, mesh: Mesh, rules: Rules
+) -> tuple[Cut, dict[str, str]]:
+    """How a weight is cut, and which axis of the mesh does not cut it, and why."""
+    if len(shape) < 2:
+        return {}, {}
+    if layout is None and len(shape) == 2:
+        layout = ("in", "out")
+    rule = next((rule for pattern, rule in rules.items() if matches(pattern, path)), {})
+    cut: dict[int, str] = {}
+    failed: dict[str, str] = {}
+    for kind, name in rule.items():
+        if (count := mesh.shape[name]) == 1:
+            continue
+        if layout is None:
+            failed[name] = f"nothing says which of its {len(shape)} axes are in and out"
+            continue
+        axes = [axis for axis, own in enumerate(layout) if own == kind]
+        fitting = [axis for axis in axes if shape[axis] % count == 0]
+        if fitting:
+            cut[fitting[0]] = name
+        elif axes:
+            sizes = " and ".join(str(shape[axis]) for axis in axes)
+            failed[name] = f"{kind} is {sizes}, which {count} does not divide"
+    return cut, failed
+
+
+def _place(node: Any, cut: Cut, layout: Layout | None, mesh: Mesh) -> Any:
+    """A sharding for each array of a weight, of its codes, or of its factors."""
+    if isinstance(node, Factors):
+        ins, outs = (_names(cut, node.layout, kind) for kind in ("in", "out"))
+        stack = [None] * node.layout.count("stack")
+        a = _sharding(mesh, node.a.shape, [*stack, *ins])
+        b = _sharding(mesh, node.b.shape, [*[None] * (len(node.b.shape) - len(outs)), *outs])
+        return dataclasses.replace(node, a=a, b=b)
+    if is_quantized(node):
+        return _place_codes(node, cut, mesh)
+    return _sharding(mesh, node.shape, [cut.get(axis) for axis in range(len(node.shape))])
+
+
+def _place_codes(codes: QuantizedWeight, cut: Cut, mesh: Mesh) -> QuantizedWeight:
+    """Codes are kept by outputs, and of each output by inputs; blocks run through both."""
+    names = [next(filter(None, _names(cut, codes.layout, kind)), None) for kind in ("out", "in")]
+    stack = [None] * codes.layout.count("stack")
+    return jax.tree.map(
+        lambda leaf: _sharding(mesh, leaf.shape, [*stack, *names[: leaf.ndim - len(stack)]]), codes
+    )
+
+
+def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:
+    """What cuts the axes of a kind, one after the other."""
+    return [cut.get(axis) for axis, own in enumerate(layout) if own == kind]
+
+
+def _sharding(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
+    """The axes cut over these axes of the mesh; whole where they do not divide."""
+    spec = [
+        name if name and size % mesh.shape[name] == 0 else None
+        for name, size in zip(names, shape, strict=False)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _nbytes(weight: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+
+def _say(whole: Sequence[Whole]) -> None:
+    first, total = whole[0], sum(one.nbytes for one in whole)
+    log.warning(
+        "%d weights are not cut as their rules say, %.1f MB more on each device: "
+        "%r, %s, stands whole along %r, and so on.",
+        len(whole), total / 1e6, first.path, first.why, first.axis,
+    )  # fmt: skip
