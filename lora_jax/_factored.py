@@ -17,7 +17,7 @@ from jax import lax
 from ._config import AxisKind
 from ._contract import contract
 from ._packed import pack
-from ._quantized import is_quantized
+from ._held import is_held
 from ._tracked import Step, Tracked
 from ._weights import LoraWeight
 
@@ -94,7 +94,7 @@ def factor(weight: LoraWeight) -> Factored:
     Raises:
         ValueError: They do not fit the weight: something outside has cut one of them, or both.
     """
-    w = pack(weight.w, weight.path) if is_quantized(weight.w) else weight.w
+    w = pack(weight.w, weight.path) if is_held(weight.w) else weight.w
     if not weight.factors.fits(w.shape):
         raise ValueError(
             f"{weight.path!r} of layout {' '.join(weight.factors.layout)!r} has shape "

@@ -22,8 +22,8 @@ from . import (
 )
 from ._control_flow import enter, has_body
 from ._factored import Factored, factor
-from ._packed import dequantized, pack
-from ._quantized import is_quantized
+from ._packed import pack, whole
+from ._held import is_held
 from ._tracked import Step, Tracked, holds_codes
 from ._weights import LoraWeight, TrainedWeight, is_node
 
@@ -144,13 +144,13 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _travels(leaf: Any) -> bool:
-    return is_node(leaf) or is_quantized(leaf)
+    return is_node(leaf) or is_held(leaf)
 
 
 def _tracked(leaf: Any) -> Any:
     if isinstance(leaf, LoraWeight):
         return factor(leaf)
-    return pack(leaf) if is_quantized(leaf) else leaf
+    return pack(leaf) if is_held(leaf) else leaf
 
 
 def _seen(value: Any) -> Any:
@@ -160,7 +160,7 @@ def _seen(value: Any) -> Any:
     """
     if holds_codes(value):
         packed = value.w if isinstance(value, Factored) else value
-        return jax.eval_shape(dequantized, packed.w)
+        return jax.eval_shape(whole, packed.w)
     return value.w if isinstance(value, Tracked) else value
 
 

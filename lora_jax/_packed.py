@@ -1,10 +1,10 @@
-"""A quantised weight on its way through a jaxpr: dequantised where it is read, and read again.
+"""A held weight on its way through a jaxpr: given back where it is read, and where it is read again.
 
-    dot(x, w)   ->   checkpoint(lambda codes, x: dot(x, dequantize(codes)))
+    dot(x, w)   ->   checkpoint(lambda held, x: dot(x, whole(held)))
 
 What only moves or casts the weight is put off until then. So the weight itself exists while one
-equation reads it: it is no residual of the backward pass, which dequantises the codes once more.
-A scan and an index over stacked axes slice the codes, and a new order of the axes leaves them.
+equation reads it: it is no residual of the backward pass, which takes it from what is held again.
+A scan and an index over stacked axes slice that; a new order of the axes may leave it as it is.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax import lax
 
 from ._axes import moves
 from ._compat import bind, varying_axes
-from ._quantized import QuantizedWeight
+from ._held import HeldWeight
 from ._tracked import Step, Tracked
 
 
@@ -30,16 +30,16 @@ class Later:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed(Tracked):
-    """A quantised weight inside a jaxpr. Nothing reports that it is dequantised: it has to be.
+    """A held weight inside a jaxpr. Nothing reports that it is given back: it has to be.
 
     Attributes:
-        w: The codes.
+        w: What holds it.
         path: The weight's path.
         casts: The dtypes that it has been cast to, in order.
         later: The equations that have moved it since.
     """
 
-    w: QuantizedWeight
+    w: HeldWeight
     labels: tuple = dataclasses.field(default=(), metadata={"static": True})
     path: str = dataclasses.field(default="", metadata={"static": True})
     spread: tuple = dataclasses.field(default=(), kw_only=True, metadata={"static": True})
@@ -65,7 +65,7 @@ class Packed(Tracked):
 
     def materialize(self) -> jax.Array:
         """The plain weight."""
-        weight = dequantized(self.w)
+        weight = whole(self.w)
         for dtype in self.casts:
             weight = weight.astype(dtype)
         for move in self.later:
@@ -87,15 +87,15 @@ class Packed(Tracked):
     def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         if not self._is_stacked():
             return [self.materialize()], lambda slices: slices[0]
-        codes, treedef = jax.tree.flatten(self.w)
-        return codes, lambda slices: self._inside(treedef.unflatten(slices))
+        arrays, treedef = jax.tree.flatten(self.w)
+        return arrays, lambda slices: self._inside(treedef.unflatten(slices))
 
     def _read(self, step: Step) -> list[Any]:
-        """The equation as it stands, on a weight that is dequantised for it alone.
+        """The equation as it stands, on a weight that is given back for it alone.
 
-        The codes pass a barrier together with the other operands: left alone, a compiler
+        What waits passes a barrier together with the other operands: left alone, a compiler
         dequantises the weights of all layers at the start, since nothing has to be waited for.
-        They have no gradient; JAX 0.10 would form one because the barrier joins them.
+        It has no gradient; JAX 0.10 would form one because the barrier joins them.
         """
         others = [v for i, v in enumerate(step.operands) if i != step.position]
 
@@ -104,34 +104,37 @@ class Packed(Tracked):
             operands.insert(step.position, packed.materialize())
             return bind(step.eqn, operands)
 
-        codes, others = lax.optimization_barrier((self.w, others))
-        codes = jax.tree.map(lax.stop_gradient, codes)
-        return jax.checkpoint(read)(dataclasses.replace(self, w=codes), *others)
+        held = self.w
+        if held.waits:
+            held, others = lax.optimization_barrier((held, others))
+        held = jax.tree.map(lax.stop_gradient, held)
+        return jax.checkpoint(read)(dataclasses.replace(self, w=held), *others)
 
     def _is_stacked(self) -> bool:
-        """Whether axis 0 is the first of the stacked ones, which the codes have too."""
+        """Whether axis 0 is the first of the stacked ones, which all arrays have too."""
         return not self.later and self.w.layout[0] == "stack"
 
-    def _inside(self, codes: QuantizedWeight) -> "Packed":
-        """One of the stacked weights: codes whose leading axis is gone."""
-        return dataclasses.replace(self, w=dataclasses.replace(codes, layout=codes.layout[1:]))
+    def _inside(self, held: HeldWeight) -> "Packed":
+        """One of the stacked weights, from arrays whose leading axis is gone."""
+        return dataclasses.replace(self, w=held.unstacked())
 
 
-def pack(codes: QuantizedWeight, path: str = "") -> Packed:
-    """A quantised weight, ready for a walk.
+def pack(held: HeldWeight, path: str = "") -> Packed:
+    """A held weight, ready for a walk.
 
     Raises:
-        ValueError: The codes have not the axes that the layout says: something outside has sliced
-            or stacked them.
+        ValueError: Its arrays have not the axes that the layout says: something outside has
+            sliced or stacked them.
     """
-    if codes.codes.ndim != codes.layout.count("stack") + codes.axes:
-        name = f"{path!r} is quantised, its" if path else "A quantised weight's"
+    if not held.fits():
+        name = f"{path!r} is held as" if path else "A weight is held as"
+        shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(held)]
         raise ValueError(
-            f"{name} layout is {' '.join(codes.layout)!r} and its codes are "
-            f"{tuple(codes.codes.shape)}: a scan, vmap or stack has changed them. Quantise the "
-            "whole stack, give it to the adapted function, and slice inside it."
+            f"{name} a {type(held).__name__} whose layout is {' '.join(held.layout)!r}, in arrays "
+            f"{shapes}: a scan, vmap or stack has changed them. Give the adapted function the "
+            "whole stack, and slice inside it."
         )
-    return Packed(codes, path=path)
+    return Packed(held, path=path)
 
 
 def _moved(weight: jax.Array, eqn: Any) -> jax.Array:
@@ -144,23 +147,14 @@ def _moved(weight: jax.Array, eqn: Any) -> jax.Array:
 
 
 @jax.jit
-def dequantized(codes: QuantizedWeight) -> jax.Array:
+def whole(held: HeldWeight) -> jax.Array:
     """The weight; traced once for all weights of a size, which halves the time to trace a model."""
-    return codes.dequantize()
+    return held.whole()
 
 
 def _transpose(packed: Packed, step: Step) -> list[Any] | None:
-    """Another order of the axes; the codes stay, unless in or out axes change places."""
-    order, layout, sizes = step.eqn.params["permutation"], packed.w.layout, iter(packed.w.sizes)
-    for kind in ("stack", "in", "out"):
-        places = [axis for axis in order if layout[axis] == kind]
-        if places != sorted(places):
-            return None
-    extents = [None if kind == "stack" else next(sizes) for kind in layout]
-    turned = tuple(extents[axis] for axis in order if extents[axis] is not None)
-    layout = tuple(layout[axis] for axis in order)
-    codes = dataclasses.replace(packed.w, layout=layout, sizes=turned)
-    return [dataclasses.replace(packed, w=codes)]
+    held = packed.w.transposed(step.eqn.params["permutation"])
+    return None if held is None else [dataclasses.replace(packed, w=held)]
 
 
 def _slice(packed: Packed, step: Step) -> list[Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from ._quantized import is_quantized
+from ._held import is_held
 
 IMPLIED_NAMES = ("kernel", "embedding", "weight")
 
@@ -21,14 +21,14 @@ IMPLIED_NAMES = ("kernel", "embedding", "weight")
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
     """Flattens ``tree`` into ``{path: leaf}``, in the tree's own order, and its structure.
 
-    A quantised weight is one leaf.
+    A held weight is one leaf.
 
     Raises:
         ValueError: Two leaves have the same path.
     """
 
     def is_whole(leaf: Any) -> bool:
-        return is_quantized(leaf) or (is_leaf is not None and is_leaf(leaf))
+        return is_held(leaf) or (is_leaf is not None and is_leaf(leaf))
 
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_whole)
     leaves: dict[str, Any] = {}

@@ -9,23 +9,23 @@ dtype. Only an adapted function understands it. Its scheme is a subclass: one fi
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
 from ._config import Layout
+from ._held import HeldWeight
 
 
-@dataclasses.dataclass(frozen=True)
-class QuantizedWeight:
-    """Base of the schemes. Every array that a scheme holds has the weight's stacked axes first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedWeight(HeldWeight):
+    """Base of the schemes.
 
     Attributes:
         codes: ``(*stack, ...)``: what the scheme keeps of each entry.
         sizes: Sizes of the axes that are not stacked, in the weight's own order, static.
-        layout: What each axis of the weight does, static.
-        dtype: Of the weight that is given back, static.
         axes: How many axes the codes of one matrix have, a constant of the scheme.
     """
 
@@ -33,8 +33,6 @@ class QuantizedWeight:
 
     codes: jax.Array
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    layout: Layout = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
 
     def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
         """The values, ``(*stack, out, in)``: out and in axes each flattened to one.
@@ -51,24 +49,19 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's shape."""
         stack, rest = iter(self.stack), iter(self.sizes)
         return tuple(next(stack if kind == "stack" else rest) for kind in self.layout)
-
-    @property
-    def ndim(self) -> int:
-        """How many axes the weight has."""
-        return len(self.layout)
-
-    @property
-    def size(self) -> int:
-        """How many entries the weight has."""
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes held, of all arrays of the scheme."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def fits(self) -> bool:
+        return self.codes.ndim == self.layout.count("stack") + self.axes
+
+    def whole(self) -> jax.Array:
+        return self.dequantize()
 
     def dequantize(self) -> jax.Array:
         """The weight, of its own shape and dtype: computed in float32 and rounded once."""
@@ -76,9 +69,21 @@ class QuantizedWeight:
         values = self.matrices(self.dtype).reshape([self.shape[axis] for axis in order])
         return jnp.transpose(values, [order.index(axis) for axis in range(self.ndim)])
 
-    def astype(self, dtype: Any) -> "QuantizedWeight":
+    def astype(self, dtype: Any) -> Self:
         """The same codes, giving back another dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def transposed(self, order: Sequence[int]) -> Self | None:
+        """The same codes, unless axes of one kind change places among themselves."""
+        for kind in ("stack", "in", "out"):
+            places = [axis for axis in order if self.layout[axis] == kind]
+            if places != sorted(places):
+                return None
+        sizes = iter(self.sizes)
+        extents = [None if kind == "stack" else next(sizes) for kind in self.layout]
+        turned = tuple(extents[axis] for axis in order if extents[axis] is not None)
+        layout = tuple(self.layout[axis] for axis in order)
+        return dataclasses.replace(self, layout=layout, sizes=turned)
 
 
 def matrix_order(layout: Layout) -> list[int]:

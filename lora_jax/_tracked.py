@@ -13,7 +13,7 @@ from jax import lax
 
 from ._axes import Move, moves
 from ._compat import bind
-from ._quantized import QuantizedWeight
+from ._held import HeldWeight
 
 
 class Step(NamedTuple):
@@ -152,7 +152,7 @@ def unstack(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 def holds_codes(value: Any) -> bool:
     """Whether it is a weight without an array that could be cut along the weight's own axes."""
-    return isinstance(value, Tracked) and isinstance(value.w, Tracked | QuantizedWeight)
+    return isinstance(value, Tracked) and isinstance(value.w, Tracked | HeldWeight)
 
 
 def opened_codes(value: Any) -> Any:

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._config import Layout
+from .._gathered import gather_later
 from .._paths import flatten
 from .._quantized import QuantizedWeight, is_quantized
 from .._targets import matches
@@ -63,11 +64,13 @@ class Placement(NamedTuple):
     Attributes:
         frozen: The structure of the frozen half, a ``NamedSharding`` for each array.
         trainable: The same of the trainable half.
+        layouts: Path -> layout, of what is cut.
         whole: What could not be cut as its rule says.
     """
 
     frozen: Any
     trainable: Any
+    layouts: Mapping[str, Layout]
     whole: tuple[Whole, ...]
 
 
@@ -97,14 +100,18 @@ def placements(
     places: dict[str, Any] = {}
     moving: dict[str, Any] = {}
     whole: list[Whole] = []
+    known: dict[str, Layout] = {}
     for path, leaf in leaves.items():
         trained = trainable.get(path)
         weight = trained if leaf is None else leaf
         layout = trained.layout if isinstance(trained, Factors) else (layouts or {}).get(path)
+        if layout is None and len(weight.shape) == 2:
+            layout = ("in", "out")
         cut, failed = _cut(path, weight.shape, layout, mesh, rules)
         places[path] = None if leaf is None else _place(leaf, cut, layout, mesh)
         if trained is not None:
             moving[path] = _place(trained, cut, layout, mesh)
+        known |= {path: layout} if layout is not None and cut else {}
         shards = math.prod(mesh.shape[name] for name in cut.values())
         whole += [
             Whole(path, name, why, round(_nbytes(weight) / shards * (1 - 1 / mesh.shape[name])))
@@ -112,7 +119,36 @@ def placements(
         ]
     if whole:
         _say(whole)
-    return Placement(treedef.unflatten(places.values()), moving, tuple(whole))
+    return Placement(treedef.unflatten(places.values()), moving, known, tuple(whole))
+
+
+def gathered_later(frozen: Any, placement: Placement) -> Any:
+    """The frozen half, its weights gathered over ``fsdp`` only where an adapted function reads them.
+
+    Args:
+        frozen: Arrays, inside a jitted function over the mesh.
+        placement: Where they are.
+    """
+    leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
+    places, _ = flatten(placement.frozen, is_leaf=lambda leaf: leaf is None)
+    return treedef.unflatten(
+        gather_later(leaf, places[path], "fsdp", placement.layouts[path])
+        if path in placement.layouts and leaf is not None
+        else leaf
+        for path, leaf in leaves.items()
+    )
+
+
+def gathered_now(trainable: Any, placement: Placement) -> Any:
+    """The trainable half gathered over ``fsdp``: all factors together are small."""
+
+    def without(place: NamedSharding) -> NamedSharding:
+        kept = (None if name == "fsdp" else name for name in place.spec)
+        return NamedSharding(place.mesh, PartitionSpec(*kept))
+
+    return jax.lax.with_sharding_constraint(
+        trainable, jax.tree.map(without, placement.trainable)
+    )
 
 
 def state_placement(state: Any, tx: optax.GradientTransformation, placement: Placement) -> Any:
@@ -158,8 +194,6 @@ def _cut(
     """How a weight is cut, and which axis of the mesh does not cut it, and why."""
     if len(shape) < 2:
         return {}, {}
-    if layout is None and len(shape) == 2:
-        layout = ("in", "out")
     rule = next((rule for pattern, rule in rules.items() if matches(pattern, path)), {})
     cut: dict[int, str] = {}
     failed: dict[str, str] = {}

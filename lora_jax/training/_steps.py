@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import batch_sharding, check_batch, replicated
-from ._placement import Placement
+from ._placement import Placement, gathered_later, gathered_now
 
 
 class TrainState(NamedTuple):
@@ -84,7 +84,11 @@ def make_train_step(
         check_batch(batch, mesh, accumulate)
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         keys = step_keys(state.key, state.step)
-        loss, grads = mean_gradient(loss_fn, state.trainable, frozen, batch, keys, accumulate)
+        trainable = state.trainable
+        if placement is not None:
+            frozen = gathered_later(frozen, placement)
+            trainable = gathered_now(trainable, placement)
+        loss, grads = mean_gradient(loss_fn, trainable, frozen, batch, keys, accumulate)
         return advanced(state, tx, loss, grads)
 
     whole = replicated(mesh)

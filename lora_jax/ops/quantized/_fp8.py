@@ -37,7 +37,7 @@ class Fp8Weight(QuantizedWeight):
         """
         scale = jnp.max(jnp.abs(matrix), axis=1) / LARGEST
         divisor = jnp.where(scale == 0, 1.0, scale)[:, None]
-        return cls((matrix / divisor).astype(jnp.float8_e4m3fn), scale=scale, **fields)
+        return cls(codes=(matrix / divisor).astype(jnp.float8_e4m3fn), scale=scale, **fields)
 
     def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
         """The values, computed in float32 and rounded to ``dtype``: ``(*stack, out, in)``."""

@@ -40,7 +40,7 @@ class Int8Weight(QuantizedWeight):
         divisor = jnp.where(absmax == 0, 1.0, absmax)[:, None]
         # Not `127 / divisor`, which PyTorch computes like this too.
         codes = jnp.round(matrix * (127 * (1 / divisor))).astype(jnp.int8)
-        return cls(codes, absmax=absmax, **fields)
+        return cls(codes=codes, absmax=absmax, **fields)
 
     def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
         """The values, computed in float32 and rounded to ``dtype``: ``(*stack, out, in)``."""

@@ -59,7 +59,7 @@ class Nf4Weight(QuantizedWeight):
         if double:
             offset = mean(absmax)
             absmax, scale = encode_absmax(absmax, offset)
-        return cls(codes, absmax=absmax, scale=scale, offset=offset, block=block, **fields)
+        return cls(codes=codes, absmax=absmax, scale=scale, offset=offset, block=block, **fields)
 
     def matrices(self, dtype: Any = jnp.float32) -> jax.Array:
         """The values, computed in float32 and rounded to ``dtype``: ``(*stack, out, in)``."""

@@ -1,0 +1,68 @@
+"""What stands in a tree in place of a weight, and gives it back where something reads it.
+
+    x @ w   ->   x @ whole(held)      once in the forward pass, again in the backward pass
+
+Two kinds: codes (`_quantized`), and parts of a weight on several devices (`_gathered`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+
+from ._config import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldWeight:
+    """Base of both. Every array that it holds has the weight's stacked axes first.
+
+    Attributes:
+        layout: What each axis of the weight does, static.
+        dtype: Of the weight, static.
+        waits: Whether it is given back only when the other operands of what reads it are there.
+            Otherwise a compiler may begin earlier.
+    """
+
+    waits: ClassVar[bool] = True
+
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    def whole(self) -> jax.Array:
+        """The weight, of its own shape and dtype."""
+        raise NotImplementedError
+
+    def transposed(self, order: Sequence[int]) -> Self | None:
+        """What holds ``transpose(weight, order)``; None if nothing can be held so."""
+        raise NotImplementedError
+
+    def unstacked(self) -> Self:
+        """The same arrays as one of the stacked weights: their first axis is gone."""
+        return dataclasses.replace(self, layout=self.layout[1:])
+
+    def fits(self) -> bool:
+        """Whether its arrays have the axes that the layout says."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the weight has."""
+        return len(self.layout)
+
+    @property
+    def size(self) -> int:
+        """How many entries the weight has."""
+        return math.prod(self.shape)
+
+
+def is_held(leaf: Any) -> bool:
+    """Whether ``leaf`` stands in place of a weight."""
+    return isinstance(leaf, HeldWeight)
