@@ -16,8 +16,8 @@ from jax import lax
 
 from ._config import AxisKind
 from ._contract import contract
-from ._packed import pack
 from ._held import is_held
+from ._packed import pack
 from ._tracked import Step, Tracked
 from ._weights import LoraWeight
 

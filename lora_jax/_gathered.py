@@ -78,7 +78,10 @@ def gather_later(leaf: Any, places: Any, axis: str, layout: Layout) -> Any:
         layout: What each axis of the weight does.
     """
     arrays, shardings = jax.tree.leaves(leaf), jax.tree.leaves(places)
-    specs = [(*one.spec, *[None] * (a.ndim - len(one.spec))) for a, one in zip(arrays, shardings, strict=True)]
+    specs = [
+        (*one.spec, *[None] * (a.ndim - len(one.spec)))
+        for a, one in zip(arrays, shardings, strict=True)
+    ]
     if not any(axis in spec for spec in specs):
         return leaf
     kept = tuple(tuple(None if name == axis else name for name in spec) for spec in specs)

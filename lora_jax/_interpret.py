@@ -22,8 +22,8 @@ from . import (
 )
 from ._control_flow import enter, has_body
 from ._factored import Factored, factor
-from ._packed import pack, whole
 from ._held import is_held
+from ._packed import pack, whole
 from ._tracked import Step, Tracked, holds_codes
 from ._weights import LoraWeight, TrainedWeight, is_node
 

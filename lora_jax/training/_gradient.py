@@ -1,6 +1,6 @@
 """The loss of a batch and its gradient, from batches that it is taken apart into.
 
-    loss = sum_i sum_i(batch_i) / sum_i weight_i        gradient likewise, summed in float32
+loss = sum_i sum_i(batch_i) / sum_i weight_i        gradient likewise, summed in float32
 """
 
 from collections.abc import Callable

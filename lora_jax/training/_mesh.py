@@ -1,8 +1,8 @@
 """A mesh of devices, and batches that are cut over it.
 
-    data     examples are cut, weights stand on every device
-    fsdp     examples are cut, and so are weights: each is gathered where it is read
-    tensor   examples stand on every device, weights are cut and multiply what they hold
+data     examples are cut, weights stand on every device
+fsdp     examples are cut, and so are weights: each is gathered where it is read
+tensor   examples stand on every device, weights are cut and multiply what they hold
 """
 
 import math

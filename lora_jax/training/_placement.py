@@ -146,9 +146,7 @@ def gathered_now(trainable: Any, placement: Placement) -> Any:
         kept = (None if name == "fsdp" else name for name in place.spec)
         return NamedSharding(place.mesh, PartitionSpec(*kept))
 
-    return jax.lax.with_sharding_constraint(
-        trainable, jax.tree.map(without, placement.trainable)
-    )
+    return jax.lax.with_sharding_constraint(trainable, jax.tree.map(without, placement.trainable))
 
 
 def state_placement(state: Any, tx: optax.GradientTransformation, placement: Placement) -> Any:
@@ -168,9 +166,7 @@ def state_placement(state: Any, tx: optax.GradientTransformation, placement: Pla
         placement.trainable,
         transform_non_params=lambda _: whole,
     )
-    return state._replace(
-        step=whole, trainable=placement.trainable, opt_state=opt_state, key=whole
-    )
+    return state._replace(step=whole, trainable=placement.trainable, opt_state=opt_state, key=whole)
 
 
 Cut = Mapping[int, str]
@@ -242,9 +238,10 @@ def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:
 
 def _sharding(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
     """The axes cut over these axes of the mesh; whole where they do not divide."""
+    names = [*names, *[None] * (len(shape) - len(names))]
     spec = [
         name if name and size % mesh.shape[name] == 0 else None
-        for name, size in zip(names, shape, strict=False)
+        for name, size in zip(names, shape, strict=True)
     ]
     return NamedSharding(mesh, PartitionSpec(*spec))
 

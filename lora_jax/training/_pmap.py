@@ -1,6 +1,6 @@
 """The same step under `jax.pmap`, for scripts that are written that way.
 
-    state, metrics = train_step(state, frozen, batch)      every leaf (devices, ...)
+state, metrics = train_step(state, frozen, batch)      every leaf (devices, ...)
 """
 
 from typing import Any, TypeVar
@@ -45,7 +45,9 @@ def make_pmap_train_step(
         own = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axis_name)), keys)
         sums = summed_gradient(loss_fn, state.trainable, frozen, batch, own, accumulate)
         total, weight, grads = lax.psum(sums, axis_name)
-        grads = jax.tree.map(lambda g, leaf: (g / weight).astype(leaf.dtype), grads, state.trainable)
+        grads = jax.tree.map(
+            lambda g, leaf: (g / weight).astype(leaf.dtype), grads, state.trainable
+        )
         return advanced(state, tx, total / weight, grads)
 
     return jax.pmap(train_step, axis_name=axis_name, devices=devices, donate_argnums=(0,))

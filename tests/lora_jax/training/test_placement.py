@@ -1,0 +1,251 @@
+"""Meshes of every shape compute what one device does, and move what they should and no more."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import training
+from lora_jax.testing import assert_trees_close
+
+LAYERS, WIDTH, WIDE, WORDS = 2, 32, 64, 128
+BATCH, LENGTH = 8, 6
+CONFIG = lora_jax.LoraConfig(rank=4, alpha=8.0, targets=("all-linear",))
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def draw(stacked: bool) -> dict[str, Any]:
+    source = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> jax.Array:
+        return jnp.asarray(source.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)
+
+    layers = [{"up": matrix(WIDTH, WIDE), "down": matrix(WIDE, WIDTH)} for _ in range(LAYERS)]
+    return {
+        "embed": {"embedding": matrix(WORDS, WIDTH)},
+        "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if stacked else layers,
+        "norm": {"scale": jnp.ones(WIDTH)},
+    }
+
+
+def apply(params: Any, ids: jax.Array) -> jax.Array:
+    table = params["embed"]["embedding"]
+    x = table[ids]
+
+    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+        return x + jnp.tanh(x @ weights["up"]) @ weights["down"], None
+
+    if isinstance(params["layers"], list):
+        for weights in params["layers"]:
+            x, _ = layer(x, weights)
+    else:
+        x, _ = jax.lax.scan(layer, x, params["layers"])
+    return (x * params["norm"]["scale"][None, None]) @ table.T
+
+
+ADAPTED = lora_jax.adapt(apply, on_materialize="error")
+
+
+def loss_fn(trainable, frozen, batch, keys):
+    logits = ADAPTED(lora_jax.combine(frozen, trainable), batch["ids"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return (losses * batch["weights"]).sum(), batch["weights"].sum()
+
+
+def halves(base: str, stacked: bool) -> tuple[Any, Any, Any]:
+    params = draw(stacked)
+    layouts = lora_jax.layouts(apply, params, jnp.zeros((1, 1), jnp.int32))
+    if base != "plain":
+        params = lora_jax.quantize(params, base, layouts=layouts)
+    frozen, start = lora_jax.split(params, CONFIG, jax.random.key(1), layouts=layouts)
+    return frozen, jax.tree.map(lambda leaf: leaf + 0.1, start), layouts
+
+
+def batch() -> dict[str, np.ndarray]:
+    source = np.random.default_rng(1)
+    ids = source.integers(WORDS, size=(2, BATCH, LENGTH)).astype(np.int32)
+    weights = source.integers(2, size=(BATCH, LENGTH)).astype(np.float32)
+    return {"ids": ids[0], "targets": ids[1], "weights": weights}
+
+
+def run(base: str, stacked: bool, devices: int, accumulate: int = 1, **axes: int) -> Any:
+    """Three steps over a mesh: losses, factors and the program."""
+    frozen, trainable, layouts = halves(base, stacked)
+    mesh = training.make_mesh(devices=jax.devices()[:devices], **axes)
+    placement = training.placements(frozen, trainable, mesh, layouts=layouts)
+    tx = optax.adamw(1e-2)
+    state = training.init_state(trainable, tx, jax.random.key(2))
+    state = jax.device_put(state, training.state_placement(state, tx, placement))
+    frozen = jax.device_put(frozen, placement.frozen)
+    rows = training.shard_batch(batch(), mesh)
+    step = training.make_train_step(loss_fn, tx, mesh, placement=placement, accumulate=accumulate)
+    text = step.lower(state, frozen, rows).compile().as_text()
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, rows)
+        losses.append(metrics["loss"])
+    return jax.device_get((losses, state.trainable)), state, text
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device computes, once for each kind of base."""
+    found: dict[tuple[str, bool], Any] = {}
+
+    def one(base: str, stacked: bool) -> Any:
+        if (base, stacked) not in found:
+            found[base, stacked] = run(base, stacked, 1)[0]
+        return found[base, stacked]
+
+    return one
+
+
+MESHES = {
+    "data": {"devices": 8},
+    "fsdp": {"devices": 8, "fsdp": 8},
+    "tensor": {"devices": 4, "tensor": 4},
+    "all-three": {"devices": 8, "fsdp": 2, "tensor": 2},
+    "accumulated": {"devices": 4, "fsdp": 2, "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize(
+    ("base", "stacked"), [("plain", False), ("plain", True), ("nf4", True), ("int8", False)]
+)
+def test_every_mesh_is_one_device(alone, base, stacked, mesh):
+    found, state, _ = run(base, stacked, **mesh)
+    # Float32 sums in another order, through three updates of Adam, which divides by their size.
+    assert_trees_close(found, alone(base, stacked), relative=1e-3)
+    for leaf in jax.tree.leaves(state.trainable):
+        assert len(leaf.sharding.device_set) == mesh["devices"]
+
+
+def moved(text: str) -> list[tuple[str, int]]:
+    """Every collective of a program: its kind and its bytes."""
+    found = []
+    for line in text.splitlines():
+        if match := re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line):
+            shapes = re.findall(r"(f32|s32|u8|s8|u32|pred)\[([\d,]*)\]", match[1])
+            sizes = [4 if kind in ("f32", "s32", "u32") else 1 for kind, _ in shapes]
+            counts = [math.prod(map(int, filter(None, dims.split(",")))) for _, dims in shapes]
+            found.append((match[2], sum(n * size for n, size in zip(counts, sizes, strict=True))))
+    return found
+
+
+def test_data_parallel_sends_the_factors_gradients_alone():
+    (_, trainable), _, text = run("plain", False, 8)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
+    kinds = {kind for kind, _ in moved(text)}
+    assert kinds == {"all-reduce"}
+    scalars = 64  # loss, weight, and the parts of a norm
+    assert size <= sum(count for _, count in moved(text)) <= size + scalars
+
+
+@pytest.mark.parametrize("base", ["plain", "nf4"])
+def test_fsdp_gathers_weights_and_nothing_of_a_batch(base):
+    (_, trainable), _, text = run(base, False, 8, fsdp=8)
+    assert {kind for kind, _ in moved(text)} == {"all-gather", "all-reduce"}
+    summed = sum(count for kind, count in moved(text) if kind == "all-reduce")
+    factors = sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
+    assert factors <= summed <= factors + 64
+    frozen, _, _ = halves(base, False)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
+    gathered = sum(count for kind, count in moved(text) if kind == "all-gather")
+    # Each weight at most forwards and backwards, and the factors once; an embedding is read twice.
+    table = WORDS * WIDTH * 4
+    assert gathered <= 2 * held + 2 * table + factors
+    activations = f"f32[{BATCH},{LENGTH},"
+    assert activations not in text
+
+
+def test_a_device_holds_its_part():
+    frozen, trainable, layouts = halves("plain", False)
+    mesh = training.make_mesh(fsdp=4, tensor=2)
+    placement = training.placements(frozen, trainable, mesh, layouts=layouts)
+    specs = {path: placement.frozen["layers"][0][path].spec for path in ("up", "down")}
+    assert specs == {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
+    up, down = (placement.trainable[f"layers/0/{name}"] for name in ("up", "down"))
+    assert (up.a.spec, up.b.spec) == (P("fsdp", None), P(None, "tensor"))
+    assert (down.a.spec, down.b.spec) == (P("tensor", None), P(None, "fsdp"))
+    assert placement.frozen["norm"]["scale"].spec == P(None)
+    assert placement.whole == ()
+    placed = jax.device_put(frozen, placement.frozen)
+    (shard, *_) = placed["layers"][0]["up"].addressable_shards
+    assert shard.data.shape == (WIDTH // 4, WIDE // 2)
+
+
+def test_what_does_not_divide_stands_whole_and_is_said_once(caplog):
+    params = {"up": jnp.ones((30, 64)), "down": jnp.ones((64, 30))}
+    config = lora_jax.LoraConfig(rank=2, alpha=4.0, targets=("up", "down"))
+    frozen, trainable = lora_jax.split(params, config, jax.random.key(0))
+    mesh = training.make_mesh(fsdp=4, tensor=2)
+    placement = training.placements(frozen, trainable, mesh)
+    assert placement.frozen["up"].spec == P(None, "tensor")
+    assert [(one.path, one.axis) for one in placement.whole] == [("down", "fsdp"), ("up", "fsdp")]
+    # Half of 7,680 bytes is there for tensor; three quarters of that more than a fourth.
+    assert {one.nbytes for one in placement.whole} == {30 * 64 * 4 // 2 * 3 // 4}
+    (record,) = caplog.records
+    assert "2 weights are not cut" in record.message
+    assert "30, which 4 does not divide" in record.message
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({".*": {"in": "model"}}, "cuts over 'model', and the mesh has the axes 'data', 'fsdp'"),
+        ({".*": {"rank": "fsdp"}}, "cuts 'rank': axes are 'in' or 'out'"),
+    ],
+)
+def test_wrong_rules(rules, message):
+    frozen, trainable, layouts = halves("plain", False)
+    with pytest.raises(ValueError, match=message):
+        training.placements(frozen, trainable, training.make_mesh(), layouts=layouts, rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"fsdp": 3}, "takes 6 devices, and there are 8"),
+        ({"data": 2, "tensor": 2}, "takes 4 devices, and there are 8"),
+        ({"tensor": 0}, "at least one device, got tensor=0"),
+    ],
+)
+def test_wrong_meshes(axes, message):
+    with pytest.raises(ValueError, match=message):
+        training.make_mesh(**axes)
+
+
+def test_a_step_takes_apart_what_divides():
+    frozen, trainable, _ = halves("plain", False)
+    mesh = training.make_mesh()
+    step = training.make_train_step(loss_fn, optax.sgd(1.0), mesh, accumulate=2)
+    state = training.init_state(trainable, optax.sgd(1.0), jax.random.key(0))
+    with pytest.raises(ValueError, match="8 devices, 2 times each.*nearest.*16"):
+        step(*training.replicate((state, frozen), mesh), batch())
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        training.make_train_step(loss_fn, optax.sgd(1.0), mesh, accumulate=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pmap_is_the_same_step(alone, accumulate):
+    frozen, trainable, _ = halves("plain", False)
+    tx = optax.adamw(1e-2)
+    devices = jax.devices()[:4]
+    state = training.init_state(trainable, tx, jax.random.key(2))
+    state, frozen = training.pmap_replicate((state, frozen), devices)
+    rows = jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), batch())
+    step = training.make_pmap_train_step(loss_fn, tx, accumulate=accumulate, devices=devices)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, rows)
+        losses.append(metrics["loss"])
+    first = jax.tree.map(lambda leaf: leaf[0], (losses, state.trainable))
+    assert_trees_close(jax.device_get(first), alone("plain", False), relative=1e-3)
