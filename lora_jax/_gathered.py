@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -48,7 +49,11 @@ class GatheredWeight(HeldWeight):
             lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*spec)))
             for array, spec in zip(arrays, self.specs, strict=True)
         )
-        return gathered.whole() if is_held(gathered) else gathered
+        return gathered.whole() if is_held(gathered) else gathered.astype(self.dtype)
+
+    def astype(self, dtype: Any) -> Self:
+        held = self.held.astype(dtype) if is_held(self.held) else self.held
+        return dataclasses.replace(self, held=held, dtype=jnp.dtype(dtype))
 
     def transposed(self, order: Sequence[int]) -> Self | None:
         layout: Layout = tuple(self.layout[axis] for axis in order)

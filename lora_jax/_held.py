@@ -35,6 +35,10 @@ class HeldWeight:
         """The weight, of its own shape and dtype."""
         raise NotImplementedError
 
+    def astype(self, dtype: Any) -> Self:
+        """The same arrays, giving back another dtype."""
+        raise NotImplementedError
+
     def transposed(self, order: Sequence[int]) -> Self | None:
         """What holds ``transpose(weight, order)``; None if nothing can be held so."""
         raise NotImplementedError

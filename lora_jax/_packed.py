@@ -1,4 +1,4 @@
-"""A held weight on its way through a jaxpr: given back where it is read, and where it is read again.
+"""A held weight on its way through a jaxpr: given back where it is read, each time it is read.
 
     dot(x, w)   ->   checkpoint(lambda held, x: dot(x, whole(held)))
 

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ._compat import varying_axes
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
-from ._joined import joined, pays
+from ._joined import in_axes_are_whole, joined, pays
 from ._tracked import Step, holds_codes
 
 LOW_RANK = "low_rank"
@@ -59,8 +59,9 @@ def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
     (spent,) = contracting[1]
     ins, outs = weight.w.shape[spent], weight.w.shape[1 - spent]
     matches = weight.labels[spent] == "in" and weight.labels[1 - spent] == "out"
-    # Joining one that is sharded would move it, and where GSPMD chooses nobody knows which are.
-    if any(_is_left_to_gspmd(one) for one in (x, weight.w, weight.a, weight.b)):
+    # Joining what is cut along its in axis would move it, and GSPMD does not say what is.
+    left = any(_is_left_to_gspmd(one) for one in (x, weight.w, weight.a, weight.b))
+    if left and not in_axes_are_whole():
         return False
     cut = [any(jax.typeof(one).sharding.spec) for one in (weight.w, weight.a, weight.b)]
     cut += [bool(jax.typeof(x).sharding.spec[contracting[0][0]])]

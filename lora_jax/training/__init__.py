@@ -1,12 +1,18 @@
 """Train and eval steps over a mesh of devices: state in, state out, nothing kept."""
 
+from ._batch import (
+    batch_shards as batch_shards,
+    batch_size as batch_size,
+    check_batch as check_batch,
+    own_rows as own_rows,
+    pad_batch as pad_batch,
+    shard_batch as shard_batch,
+)
 from ._gradient import StepKeys as StepKeys
 from ._mesh import (
-    batch_shards as batch_shards,
-    check_batch as check_batch,
     make_mesh as make_mesh,
+    place as place,
     replicate as replicate,
-    shard_batch as shard_batch,
 )
 from ._placement import (
     RULES as RULES,
@@ -18,6 +24,7 @@ from ._pmap import (
     make_pmap_train_step as make_pmap_train_step,
     pmap_replicate as pmap_replicate,
 )
+from ._precision import Precision as Precision
 from ._steps import (
     TrainState as TrainState,
     init_state as init_state,

@@ -1,4 +1,4 @@
-"""A mesh of devices, and batches that are cut over it.
+"""A mesh of devices, and arrays that are put on it.
 
 data     examples are cut, weights stand on every device
 fsdp     examples are cut, and so are weights: each is gathered where it is read
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(
@@ -54,16 +55,6 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut."""
-    return math.prod(size for name, size in mesh.shape.items() if name in BATCH_AXES)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis cut over the mesh's axes ``data`` and ``fsdp``."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -75,41 +66,24 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     An array that is on a device already may be shared and not copied: where the result is
     donated, as the state of a train step is, the original is gone with it.
     """
-    return jax.device_put(tree, replicated(mesh))
+    return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
-def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """Puts a host batch on the devices, its first axis cut over them.
-
-    Args:
-        batch: A tree of arrays ``(examples, ...)``.
-        mesh: The mesh of `make_mesh`.
-
-    Raises:
-        ValueError: The number of examples does not divide by the number of parts.
-    """
-    check_batch(batch, mesh)
-    return jax.device_put(batch, batch_sharding(mesh))
-
-
-def check_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> None:
-    """Refuses a batch that the mesh's devices cannot share evenly.
+def place(tree: Tree, shardings: Any) -> Tree:
+    """Puts every array of a tree where it belongs, also on devices of several processes.
 
     Args:
-        batch: A tree of arrays, or of their shapes.
-        mesh: The mesh of `make_mesh`.
-        accumulate: Into how many batches a step takes it apart.
-
-    Raises:
-        ValueError: Says the sizes, and the nearest batch size that works.
+        tree: Arrays; all processes hold the same ones.
+        shardings: A sharding for each, as `placements` and `state_placement` give them.
     """
-    parts = batch_shards(mesh) * accumulate
-    for leaf in jax.tree.leaves(batch):
-        size = leaf.shape[0]
-        if size % parts:
-            nearest = max(parts, round(size / parts) * parts)
-            times = f", {accumulate} times each" if accumulate > 1 else ""
-            raise ValueError(
-                f"A batch of {size} examples does not divide over {batch_shards(mesh)} devices"
-                f"{times}. The nearest batch size that does is {nearest}."
-            )
+    return jax.tree.map(_place, tree, shardings)
+
+
+def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _place(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    host = np.asarray(array)  # each process cuts out its own parts: nothing is sent
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

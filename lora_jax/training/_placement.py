@@ -103,7 +103,7 @@ def placements(
     known: dict[str, Layout] = {}
     for path, leaf in leaves.items():
         trained = trainable.get(path)
-        weight = trained if leaf is None else leaf
+        weight: Any = trained if leaf is None else leaf
         layout = trained.layout if isinstance(trained, Factors) else (layouts or {}).get(path)
         if layout is None and len(weight.shape) == 2:
             layout = ("in", "out")
@@ -123,7 +123,7 @@ def placements(
 
 
 def gathered_later(frozen: Any, placement: Placement) -> Any:
-    """The frozen half, its weights gathered over ``fsdp`` only where an adapted function reads them.
+    """The frozen half, gathered over ``fsdp`` only where an adapted function reads a weight.
 
     Args:
         frozen: Arrays, inside a jitted function over the mesh.
@@ -167,6 +167,11 @@ def state_placement(state: Any, tx: optax.GradientTransformation, placement: Pla
         transform_non_params=lambda _: whole,
     )
     return state._replace(step=whole, trainable=placement.trainable, opt_state=opt_state, key=whole)
+
+
+def cuts_products(placement: Placement | None, mesh: Mesh) -> bool:
+    """Whether weights meet their input in parts: what is gathered first does not count."""
+    return placement is not None and mesh.shape["tensor"] > 1
 
 
 Cut = Mapping[int, str]

@@ -11,7 +11,8 @@ import optax
 from jax import lax
 
 from ._gradient import LossFn, summed_gradient
-from ._steps import TrainState, advanced, step_keys
+from ._precision import Precision
+from ._steps import TrainState, advanced, in_precision, step_keys
 
 Tree = TypeVar("Tree")
 
@@ -22,6 +23,7 @@ def make_pmap_train_step(
     *,
     axis_name: str = "batch",
     accumulate: int = 1,
+    precision: Precision | None = None,
     devices: Any = None,
 ) -> Any:
     """Makes the train step as a `jax.pmap`.
@@ -31,6 +33,7 @@ def make_pmap_train_step(
         tx: The optimizer.
         axis_name: Of the devices, for collectives that ``loss_fn`` may have.
         accumulate: As in `make_train_step`, of each device's examples.
+        precision: As in `make_train_step`.
         devices: Those to run on; all of the process's if None.
 
     Returns:
@@ -39,6 +42,7 @@ def make_pmap_train_step(
         state that goes in is donated. ``metrics`` are alike on all devices. Each device draws its
         own dropout.
     """
+    loss_fn = in_precision(loss_fn, precision)
 
     def train_step(state: TrainState, frozen: Any, batch: Any):
         keys = step_keys(state.key, state.step)

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from .._joined import whole_in_axes
+from ._batch import batch_sharding, check_batch
 from ._gradient import LossFn, StepKeys, mean_gradient
-from ._mesh import batch_sharding, check_batch, replicated
-from ._placement import Placement, gathered_later, gathered_now
+from ._mesh import replicated
+from ._placement import Placement, cuts_products, gathered_later, gathered_now
+from ._precision import Precision
 
 
 class TrainState(NamedTuple):
@@ -54,6 +57,7 @@ def make_train_step(
     *,
     placement: Placement | None = None,
     accumulate: int = 1,
+    precision: Precision | None = None,
 ) -> Any:
     """Makes the jitted train step.
 
@@ -67,6 +71,8 @@ def make_train_step(
         accumulate: Take the batch apart into this many, one after the other, so that only the
             activations of one exist: the gradient is that of the whole batch, to rounding. Each
             has step keys of its own.
+        precision: What ``loss_fn`` gets is cast to its dtype of the arithmetic; None casts
+            nothing. Loss, norms and sums of gradients are float32 at least, whichever it is.
 
     Returns:
         A jitted ``(state, frozen, batch) -> (state, metrics)``; it has ``.lower``. The state
@@ -79,25 +85,76 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ValueError(f"`accumulate` must be at least 1, got {accumulate}.")
+    loss_fn = in_precision(loss_fn, precision)
 
     def train_step(state: TrainState, frozen: Any, batch: Any):
         check_batch(batch, mesh, accumulate)
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         keys = step_keys(state.key, state.step)
-        trainable = state.trainable
-        if placement is not None:
-            frozen = gathered_later(frozen, placement)
-            trainable = gathered_now(trainable, placement)
-        loss, grads = mean_gradient(loss_fn, trainable, frozen, batch, keys, accumulate)
+        trainable, frozen = _as_read(state.trainable, frozen, placement)
+        with whole_in_axes(not cuts_products(placement, mesh)):
+            loss, grads = mean_gradient(loss_fn, trainable, frozen, batch, keys, accumulate)
         return advanced(state, tx, loss, grads)
 
     whole = replicated(mesh)
     if placement is None:
         ins, outs = (whole, whole, None), (whole, whole)
     else:
-        ins = (None, placement.frozen, None)
-        outs = (None, whole)
+        ins, outs = (None, placement.frozen, None), (None, whole)
     return jax.jit(train_step, in_shardings=ins, out_shardings=outs, donate_argnums=0)
+
+
+def make_eval_step(
+    apply_fn: Callable[[Any, Any, Any], Any],
+    mesh: Mesh,
+    *,
+    placement: Placement | None = None,
+    precision: Precision | None = None,
+) -> Any:
+    """Makes the jitted eval step.
+
+    Args:
+        apply_fn: ``(trainable, frozen, batch) -> outputs``, a tree of ``(examples, ...)``.
+        mesh: The mesh of `make_mesh`.
+        placement: As in `make_train_step`.
+        precision: As in `make_train_step`.
+
+    Returns:
+        A jitted function of the same signature whose outputs stand whole on every device.
+
+    Raises:
+        ValueError: At the call, for a batch that does not divide over the devices: `pad_batch`
+            fills it up.
+    """
+    apply_fn = in_precision(apply_fn, precision)
+
+    def eval_step(trainable: Any, frozen: Any, batch: Any):
+        check_batch(batch, mesh)
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        with whole_in_axes(not cuts_products(placement, mesh)):
+            return apply_fn(*_as_read(trainable, frozen, placement), batch)
+
+    whole = replicated(mesh)
+    ins = (whole, whole) if placement is None else (placement.trainable, placement.frozen)
+    return jax.jit(eval_step, in_shardings=(*ins, None), out_shardings=whole)
+
+
+def in_precision(fn: Callable[..., Any], precision: Precision | None) -> Callable[..., Any]:
+    """A function of both halves, a batch and more, with the first three cast to the arithmetic."""
+    if precision is None:
+        return fn
+
+    def cast(trainable: Any, frozen: Any, batch: Any, *more: Any) -> Any:
+        return fn(*precision.for_arithmetic((trainable, frozen, batch)), *more)
+
+    return cast
+
+
+def _as_read(trainable: Any, frozen: Any, placement: Placement | None) -> tuple[Any, Any]:
+    """Both halves as a function over the mesh reads them."""
+    if placement is None:
+        return trainable, frozen
+    return gathered_now(trainable, placement), gathered_later(frozen, placement)
 
 
 def advanced(
@@ -106,28 +163,6 @@ def advanced(
     """The state one update further, and the step's figures."""
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(wide)}
     return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
-
-
-def make_eval_step(apply_fn: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Any:
-    """Makes the jitted eval step.
-
-    Args:
-        apply_fn: ``(trainable, frozen, batch) -> outputs``, a tree of ``(examples, ...)``.
-        mesh: The mesh of `make_mesh`.
-
-    Returns:
-        A jitted function of the same signature whose outputs stand whole on every device.
-
-    Raises:
-        ValueError: At the call, for a batch that does not divide over the devices.
-    """
-
-    def eval_step(trainable: Any, frozen: Any, batch: Any):
-        check_batch(batch, mesh)
-        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        return apply_fn(trainable, frozen, batch)
-
-    whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, whole, None), out_shardings=whole)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax import training
+from lora_jax import _joined, training
 from lora_jax.testing import assert_trees_close
 
 LAYERS, WIDTH, WIDE, WORDS = 2, 32, 64, 128
@@ -228,7 +228,7 @@ def test_a_step_takes_apart_what_divides():
     mesh = training.make_mesh()
     step = training.make_train_step(loss_fn, optax.sgd(1.0), mesh, accumulate=2)
     state = training.init_state(trainable, optax.sgd(1.0), jax.random.key(0))
-    with pytest.raises(ValueError, match="8 devices, 2 times each.*nearest.*16"):
+    with pytest.raises(ValueError, match=r"8 devices, 2 times each\. The nearest .* is 16\."):
         step(*training.replicate((state, frozen), mesh), batch())
     with pytest.raises(ValueError, match="at least 1, got 0"):
         training.make_train_step(loss_fn, optax.sgd(1.0), mesh, accumulate=0)
@@ -249,3 +249,38 @@ def test_pmap_is_the_same_step(alone, accumulate):
         losses.append(metrics["loss"])
     first = jax.tree.map(lambda leaf: leaf[0], (losses, state.trainable))
     assert_trees_close(jax.device_get(first), alone("plain", False), relative=1e-3)
+
+
+@pytest.mark.parametrize(("axes", "joins"), [({}, True), ({"tensor": 2}, False)])
+def test_products_are_joined_where_no_in_axis_is_cut(alone, monkeypatch, axes, joins):
+    seen = []
+
+    def joined(*operands, **params):
+        seen.append(operands)
+        return _joined.joined(*operands, **params)
+
+    monkeypatch.setattr("lora_jax._products.joined", joined)
+    monkeypatch.setattr("lora_jax._products.pays", lambda *_: True)
+    found, _, text = run("plain", False, 8, **axes)
+    assert bool(seen) == joins
+    assert_trees_close(found, alone("plain", False), relative=1e-3)
+    if joins:
+        assert {kind for kind, _ in moved(text)} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("base", ["plain", "nf4"])
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2}])
+def test_evaluation_reads_weights_where_they_are(base, axes):
+    frozen, trainable, layouts = halves(base, True)
+    mesh = training.make_mesh(**axes)
+    placement = training.placements(frozen, trainable, mesh, layouts=layouts)
+
+    def outputs(trainable, frozen, batch):
+        return ADAPTED(lora_jax.combine(frozen, trainable), batch["ids"])
+
+    step = training.make_eval_step(outputs, mesh, placement=placement)
+    placed = training.place((trainable, frozen), (placement.trainable, placement.frozen))
+    found = step(*placed, training.shard_batch(batch(), mesh))
+    one = training.make_mesh(devices=jax.devices()[:1])
+    wanted = training.make_eval_step(outputs, one)(trainable, frozen, batch())
+    assert_trees_close(jax.device_get(found), jax.device_get(wanted), relative=1e-5)
