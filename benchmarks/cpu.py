@@ -28,6 +28,7 @@ from examples.quickstart.compare import CONFIG, METHODS
 from lora_jax import models, training
 from train.config import Config
 from train.config_file import load
+from train.losses import mean
 from train.model import adapt, load_model, make_train_step, split_model
 from train.optimizer import make_optimizer
 from train.tasks import task_of
@@ -197,10 +198,10 @@ def _gradients(side: Side, length: int) -> dict[str, tuple[Callable[..., Any], A
     batch, key = jax.tree.map(jnp.asarray, batch_of(side, length)), jax.random.key(0)
 
     def of_factors(trainable: Any, frozen: Any) -> jax.Array:
-        return task.loss(adapted, lora_jax.combine(frozen, trainable), batch, 0.0, key)
+        return mean(*task.loss(adapted, lora_jax.combine(frozen, trainable), batch, 0.0, key))
 
     def of_weights(params: Any) -> jax.Array:
-        return task.loss(plain, params, batch, 0.0, key)
+        return mean(*task.loss(plain, params, batch, 0.0, key))
 
     return {
         "adapted": (jax.grad(of_factors), (side.trainable, side.frozen)),

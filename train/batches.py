@@ -59,6 +59,7 @@ class Batches:
         batch_size: Rows of a batch.
         seed: Seed of the order.
         make_order: What shuffles.
+        own: Which places of a batch to collate, where processes share it; all if None.
         group_by_length: Put rows of like length into one batch, so that there is less padding:
             the rows of every `GROUP` batches are dealt out anew by length, and these batches
             come in a random order. It pads to four lengths, otherwise to two.
@@ -71,21 +72,32 @@ class Batches:
         seed: int,
         make_order: MakeOrder,
         *,
+        own: np.ndarray | None = None,
         group_by_length: bool = False,
     ):
         self._encoded, self._batch_size = encoded, batch_size
+        self._own = np.arange(batch_size) if own is None else own
         self._order = make_order(len(encoded.sizes), seed)
         self._groups: Order | None = make_order(GROUP, seed) if group_by_length else None
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
+        encoded = self._encoded
+        lengths = encoded.lengths if self._groups else encoded.lengths[::-2][::-1]
+        return collate(encoded, self.rows(step), lengths, self._own)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The numbers of the rows of a step, of all processes together."""
         encoded, size = self._encoded, self._batch_size
         if self._groups is None:
-            rows = [self._order[step * size + place] for place in range(size)]
-            return collate(encoded, rows, encoded.lengths[::-2][::-1])
+            return np.array([self._order[step * size + place] for place in range(size)])
         first = step // GROUP * GROUP * size
         rows = np.array([self._order[first + place] for place in range(GROUP * size)])
-        return collate(encoded, by_length(encoded, rows)[int(self._groups[step])], encoded.lengths)
+        return by_length(encoded, rows)[int(self._groups[step])]
+
+    def tokens(self, rows: np.ndarray) -> int:
+        """How many tokens some rows have, padding not counted."""
+        return sum(self._encoded.size(row) for row in rows.tolist())
 
 
 def by_length(encoded: Encoded, rows: np.ndarray) -> np.ndarray:
@@ -94,21 +106,37 @@ def by_length(encoded: Encoded, rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(lengths, kind="stable")].reshape(GROUP, -1)
 
 
-def evaluation_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
+def evaluation_batches(
+    encoded: Encoded, batch_size: int, own: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every row once: ``(rows, batch)``, of rows of like length, the shortest first.
 
-    The last batch is filled up to the same size; only its first ``len(rows)`` rows count.
+    The last batch is filled up to the same size; only its first ``len(rows)`` rows count. Of the
+    batch only the ``own`` places are collated, where processes share it.
     """
     order = np.argsort(encoded.sizes, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        yield rows, collate(encoded, np.resize(rows, batch_size), encoded.lengths)
+        yield rows, collate(encoded, np.resize(rows, batch_size), encoded.lengths, own)
 
 
-def collate(encoded: Encoded, rows: Sequence[int] | np.ndarray, lengths: Sequence[int]) -> Batch:
-    """One batch of these rows, padded to the least of the lengths that holds the longest."""
+def collate(
+    encoded: Encoded,
+    rows: Sequence[int] | np.ndarray,
+    lengths: Sequence[int],
+    own: np.ndarray | None = None,
+) -> Batch:
+    """One batch of these rows, padded to the least of the lengths that holds the longest.
+
+    Args:
+        encoded: Where the rows are from.
+        rows: Their numbers.
+        lengths: To choose from.
+        own: Which places of the batch to form; all if None.
+    """
     longest = max(encoded.size(row) for row in rows)
-    return encoded.collate(rows, next(length for length in lengths if length >= longest))
+    length = next(length for length in lengths if length >= longest)
+    return encoded.collate(rows if own is None else np.asarray(rows)[own], length)
 
 
 def pad(rows: Sequence[Any], length: int, fill: int) -> np.ndarray:

@@ -1,23 +1,28 @@
 """The command line: ``python -m train CONFIG.yaml [section.key=value ...]``.
 
 Exit codes: 0, done; 2, the config, the data or the command line is wrong; 3, the loss or the
-gradient is not finite; 130, interrupted.
+gradient is not finite; 4, another process of the run is gone; 130 and 143, asked to stop by SIGINT
+or SIGTERM, after saving.
 """
 
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+
+from . import supervisor
+from .cluster import is_told
+from .exit_codes import BAD_INPUT, INTERRUPTED, NOT_FINITE
 
 EPILOG = """\
 Every setting is section.key, as in the YAML file, and can be given after it:
   python -m train configs/quickstart.yaml lora.rank=4 training.learning_rate=1e-3
 
-exit codes: 0 done; 2 wrong input; 3 loss or gradient not finite; 130 interrupted
+exit codes: 0 done; 2 wrong input; 3 loss or gradient not finite; 4 another process is gone;
+130, 143 stopped by SIGINT, SIGTERM, after saving: --resume goes on
 """
-BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,14 +40,13 @@ def main(arguments: Sequence[str]) -> int:
 
         print(json.dumps(Config.model_json_schema(), indent=2))
         return 0
-    try:
-        return _run(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("Interrupted. Add --resume to go on from the last checkpoint.", file=sys.stderr)
-        return INTERRUPTED
+    several = is_told(options.overrides, os.environ)
+    if (several or options.max_restarts) and supervisor.WATCHED not in os.environ:
+        return supervisor.supervise(arguments, options.max_restarts, several=several)
+    code, message = _outcome(options)
+    if message:
+        print(message, file=sys.stderr)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,13 +73,40 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check all of it and show what would run: settings, weights, an example, memory",
     )
+    top.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N",
+        help="after a crash go on from the last checkpoint, at most so often (%(default)s)",
+    )  # fmt: skip
     top.add_argument("--json", action="store_true", help="print the result as JSON, and only it")
     top.add_argument("--schema", action="store_true", help="print the config's JSON schema")
     return top
 
 
+def _outcome(options: argparse.Namespace) -> tuple[int, str]:
+    """The exit code, and what to say beside it."""
+    from . import processes
+    from .finetune import NotFiniteError
+    from .stopping import StoppedError
+
+    try:
+        with processes.leaving_at_once():
+            return _run(options), ""
+    except StoppedError as stop:
+        return 128 + stop.signal, str(stop)
+    except NotFiniteError as error:
+        return NOT_FINITE, f"error: {error}"
+    except ValueError as error:
+        return BAD_INPUT, f"error: {error}"
+    except KeyboardInterrupt:
+        return INTERRUPTED, "Interrupted. Add --resume to go on from the last checkpoint."
+
+
 def _run(options: argparse.Namespace) -> int:
+    from . import processes
     from .config_file import load
+    from .console import Console
+    from .dry_run import dry_run
+    from .finetune import run
 
     if options.config is None:
         raise ValueError("give a config file: python -m train CONFIG.yaml (or --help)")
@@ -83,21 +114,9 @@ def _run(options: argparse.Namespace) -> int:
     existing = [f"output.on_existing={name}" for name in choice]
     config = load(options.config, [*options.overrides, *existing])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
-
-    from .console import Console
-    from .finetune import NotFiniteError, run
-
-    console = Console(stderr=options.json)
-    if options.dry_run:
-        from .dry_run import dry_run
-
-        result: dict[str, Any] = dry_run(config, console)
-    else:
-        try:
-            result = run(config, console)
-        except NotFiniteError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return NOT_FINITE
-    if options.json:
+    processes.start(config.distributed)
+    console = Console(stderr=options.json, quiet=not processes.is_first())
+    result = dry_run(config, console) if options.dry_run else run(config, console)
+    if options.json and processes.is_first():
         print(json.dumps(result))
     return 0

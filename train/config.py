@@ -167,6 +167,10 @@ class TrainingSection(Section):
     """The number of steps; where it is given it takes the place of `epochs`."""
     batch_size: Count = 32
     """Examples a step, over all devices together."""
+    batch_size_per_device: Count | None = None
+    """Examples of one device in one pass; takes the place of `batch_size`, or agrees with it."""
+    accumulate: Count = 1
+    """Passes a step: each is of a part of the batch, and only its activations exist at once."""
     group_by_length: bool = False
     """Put texts of like length into one batch: less padding, an order that is less random."""
     learning_rate: Positive = 1e-3
@@ -182,6 +186,9 @@ class TrainingSection(Section):
     every class)`."""
     clip_norm: Positive | None = 1.0
     """Gradients are scaled down to this global norm; null for never."""
+    skip_not_finite: Annotated[int, Field(ge=0)] = 0
+    """How many steps of a run may have a gradient that is not finite: they change nothing, and
+    their rows are logged. One more stops the run."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -205,6 +212,12 @@ class TrainingSection(Section):
             return {**values, "epochs": None}
         return values
 
+    @property
+    def total(self) -> int | None:
+        """The batch size that was said; None if only that of a device was."""
+        is_said = "batch_size" in self.model_fields_set or self.batch_size_per_device is None
+        return self.batch_size if is_said else None
+
     @model_validator(mode="after")
     def _one_length(self):
         if self.epochs is None and self.steps is None:
@@ -217,6 +230,46 @@ class TrainingSection(Section):
         if value >= 1 and value != int(value):
             raise ValueError("below 1 it is a share of all steps, from 1 on a whole number of them")
         return value
+
+
+class MeshSection(Section):
+    """How devices share a run. The steps are the same on any number of them, to rounding."""
+
+    data: Count | None = None
+    """Groups of devices that hold all weights, and of each batch a part; where it is left out, as
+    many as the other two leave."""
+    fsdp: Count = 1
+    """Devices that share the weights, and of each batch have a part: a layer's weights are gathered
+    while it computes."""
+    tensor: Count = 1
+    """Devices that share the products of each layer, and have the same part of a batch."""
+
+
+class DistributedSection(Section):
+    """The processes of a run. Under SLURM and Open MPI nothing needs to be said."""
+
+    coordinator: str | None = None
+    """`host:port` of process 0, which the others can reach."""
+    process_id: Annotated[int, Field(ge=0)] | None = None
+    """The number of this process, from 0."""
+    num_processes: Count | None = None
+    """How many there are."""
+    heartbeat: Annotated[int, Field(ge=5)] = 20
+    """Seconds without a sign of life after which a process counts as dead, and the run ends."""
+
+    @model_validator(mode="after")
+    def _all_or_none(self):
+        said = [
+            name for name in ("coordinator", "process_id", "num_processes")
+            if getattr(self, name) is not None
+        ]  # fmt: skip
+        if len(said) in (1, 2):
+            raise ValueError(f"{' and '.join(said)} alone say too little: give all three")
+        if said and (self.process_id or 0) >= (self.num_processes or 0):
+            raise ValueError(
+                f"`process_id` counts from 0: {self.process_id} is none of {self.num_processes}"
+            )
+        return self
 
 
 class EvaluationSection(Section):
@@ -259,6 +312,8 @@ class Config(Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     data: DataSection
     training: TrainingSection = Field(default_factory=TrainingSection)
+    mesh: MeshSection = Field(default_factory=MeshSection)
+    distributed: DistributedSection = Field(default_factory=DistributedSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     output: OutputSection
 

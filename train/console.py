@@ -18,15 +18,17 @@ FIGURES = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]
 
 
 class Console:
-    """Prints a run. What it prints goes to standard output, or with ``stderr`` to the other.
+    """Prints a run: to standard output, or with ``stderr`` to the other.
+
+    With ``quiet`` it prints nothing, as is right for all processes of a run but one.
 
     Attributes:
         out: The rich console.
         compile_seconds: Time spent compiling so far.
     """
 
-    def __init__(self, *, stderr: bool = False):
-        self.out = rich.console.Console(stderr=stderr, highlight=False, soft_wrap=True)
+    def __init__(self, *, stderr: bool = False, quiet: bool = False):
+        self.out = rich.console.Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet)
         self.compile_seconds = 0.0
         self._bar: rich.progress.Progress | None = None
         self._task: Any = None

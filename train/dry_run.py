@@ -18,9 +18,9 @@ from .batches import collate
 from .config import Config
 from .config_file import to_yaml
 from .console import Console, size
-from .model import load_model, make_train_step, run_keys, split_model, summarise
+from .model import load_model, make_mesh, make_train_step, put, run_keys, split_model, summarise
 from .optimizer import make_optimizer
-from .plan import check_vocabulary, make_plan
+from .plan import check_vocabulary, make_plan, sized
 from .report import weight_bytes
 from .tasks import Sets, shapes_of, task_of
 
@@ -34,10 +34,11 @@ def dry_run(config: Config, console: Console) -> dict[str, Any]:
     Raises:
         ValueError: The config, the data or the model does not fit.
     """
-    mesh = training.make_mesh()
+    mesh = make_mesh(config)
+    config = sized(config, mesh)
     task = task_of(config)
     sets = task.load_sets(config)
-    plan = make_plan(config, len(sets.train.sizes), mesh)
+    plan = make_plan(config, len(sets.train.sizes))
     model = load_model(config, len(sets.names) or None, abstract=True)
     check_vocabulary((sets.train, sets.evaluation), model.config.vocab_size)
     frozen, trainable = split_model(model, config)
@@ -58,16 +59,21 @@ def dry_run(config: Config, console: Console) -> dict[str, Any]:
     )
 
     tx = make_optimizer(config.training, plan.steps)
-    step = make_train_step(task, model, tx, mesh, config.training.label_smoothing)
-    key = run_keys(config.training.seed).steps
+    section, key = config.training, run_keys(config.training.seed).steps
     state = jax.eval_shape(lambda trainable: training.init_state(trainable, tx, key), trainable)
+    state, frozen, placement = put(state, frozen, tx, mesh, model.layouts)
+    step = make_train_step(
+        task, model, tx, mesh, section.label_smoothing,
+        accumulate=section.accumulate, placement=placement,
+    )  # fmt: skip
 
     def bytes_of(batch_size: int) -> dict[str, int]:
         shapes = batch_shapes(sets, batch_size)
         with console.compiling(f"training, {batch_size} x {sets.train.lengths[-1]} tokens"):
             return memory(step.lower(state, frozen, shapes).compile())
 
-    needs = memory_plan(bytes_of, config.training.batch_size, mesh)
+    parts = training.batch_shards(mesh) * section.accumulate
+    needs = memory_plan(bytes_of, section.batch_size, parts)
     console.table("Memory of the training step, on each device", readable(needs))
     try:
         run_directory.check_directory(config)
@@ -106,7 +112,7 @@ def memory(program: Any) -> dict[str, int]:
 
 
 def memory_plan(
-    bytes_of: Callable[[int], dict[str, int]], batch_size: int, mesh: jax.sharding.Mesh
+    bytes_of: Callable[[int], dict[str, int]], batch_size: int, parts: int
 ) -> dict[str, int]:
     """Memory at this batch size, the device's own, and the largest batch that fits by a line.
 
@@ -115,7 +121,7 @@ def memory_plan(
     here, double = bytes_of(batch_size), bytes_of(2 * batch_size)
     each = max(1, double["total"] - here["total"]) / batch_size
     free = device_bytes() - here["total"]
-    largest = int(batch_size + free / each) // mesh.size * mesh.size
+    largest = int(batch_size + free / each) // parts * parts
     return {**here, "device": device_bytes(), "largest_batch": max(0, largest)}
 
 

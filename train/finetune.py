@@ -20,7 +20,7 @@ import lora_jax
 from lora_jax import models, training
 from lora_jax.io import checkpoints
 
-from . import adapter, completion, report, run_directory
+from . import adapter, completion, processes, report, run_directory, stopping
 from .batches import Batches
 from .config import Config, best_metric
 from .config_file import differences, from_plain
@@ -28,13 +28,16 @@ from .console import Console
 from .model import (
     load_model,
     make_eval_step,
+    make_mesh,
     make_train_step,
+    put,
     run_keys,
     split_model,
     summarise,
+    where_weights_fit,
 )
-from .optimizer import learning_rate_schedule, make_optimizer
-from .plan import Plan, check_vocabulary, make_plan
+from .optimizer import learning_rate_schedule, left_out, make_optimizer
+from .plan import Plan, check_vocabulary, make_plan, sized
 from .predictions import compiled_once, predictions
 from .tasks import Answers, Sets, Task, task_of
 from .traits import is_better_lower
@@ -71,6 +74,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     Raises:
         ValueError: The config, the data, the model or the output directory does not fit.
         NotFiniteError: The loss or the gradient is not finite.
+        stopping.StoppedError: A signal asked for it.
     """
     started = time.perf_counter()
     run, begin = prepare(config, console)
@@ -90,34 +94,44 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]:
     """Everything before the first step. Nothing is written until all of it has been checked."""
     resuming = run_directory.check_directory(config)
-    mesh = training.make_mesh()
+    mesh = make_mesh(config)
+    config = sized(config, mesh)
     task = task_of(config)
     sets = task.load_sets(config)
-    plan = make_plan(config, len(sets.train.sizes), mesh)
+    plan = make_plan(config, len(sets.train.sizes))
     for line in task.describe(sets, config):
         console.say(line)
-    model = load_model(config, len(sets.names) or None)
+    with where_weights_fit(mesh):
+        model = load_model(config, len(sets.names) or None)
+        frozen, trainable = split_model(model, config)
     check_vocabulary((sets.train, sets.evaluation), model.config.vocab_size)
     task.write(sets, config, completion.make_check(model, config, sets.tokenizer), few=False)
     if model.new:
         console.say(f"new head, drawn from the seed: {', '.join(model.new)}")
-    frozen, trainable = split_model(model, config)
     adapter.check_savable(model, trainable, config)
     console.say(f"\n{summarise(model, config)}\n")
 
-    tx = make_optimizer(config.training, plan.steps)
-    step = make_train_step(task, model, tx, mesh, config.training.label_smoothing)
+    section = config.training
+    tx = make_optimizer(section, plan.steps)
+    with where_weights_fit(mesh):
+        state = training.init_state(trainable, tx, run_keys(section.seed).steps)
+    state, frozen, placement = put(state, frozen, tx, mesh, model.layouts)
+    step = make_train_step(
+        task, model, tx, mesh, section.label_smoothing,
+        accumulate=section.accumulate, placement=placement,
+    )  # fmt: skip
     train_step = compiled_once(step, "training", console)
-    eval_step = compiled_once(make_eval_step(task, model, mesh), "evaluation", console)
-    state = training.init_state(trainable, tx, run_keys(config.training.seed).steps)
-    state, frozen = training.replicate((state, frozen), mesh)
+    step = make_eval_step(task, model, mesh, placement)
+    eval_step = compiled_once(step, "evaluation", console)
 
     def predict(trainable: Any) -> np.ndarray:
         def call(batch: Any) -> jax.Array:
             return eval_step(trainable, frozen, training.shard_batch(batch, mesh))
 
-        return predictions(call, sets.evaluation, config.training.batch_size)
+        rows = section.batch_size // section.accumulate
+        return predictions(call, sets.evaluation, rows, training.own_rows(rows, mesh))
 
+    processes.wait_for_all("all is checked")
     directory = run_directory.start_directory(config, resuming)
     saved = checkpoints.open_checkpoints(
         directory / run_directory.CHECKPOINTS,
@@ -174,29 +188,33 @@ def train(run: Run, state: training.TrainState) -> training.TrainState:
         section.batch_size,
         section.seed,
         run.task.make_order,
+        own=training.own_rows(section.batch_size, run.mesh),
         group_by_length=section.group_by_length,
     )
     schedule = learning_rate_schedule(section, plan.steps)
     rates = jax.device_get(jax.vmap(schedule)(np.arange(plan.steps)))
     first, pending, since = int(state.step) + 1, [], clock(run.console)
-    with run.console.progress(first - 1, plan.steps), jax.transfer_guard("disallow"):
+    showing = run.console.progress(first - 1, plan.steps)
+    with showing, stopping.noted() as asked, jax.transfer_guard("disallow"):
         for step in range(first, plan.steps + 1):
-            batch = batches[step - 1]
-            state, figures = run.train_step(
-                state, run.frozen, training.shard_batch(batch, run.mesh)
-            )
-            tokens = int(batch["attention_mask"].sum())
-            pending.append(
-                {"step": step, **figures, "learning_rate": rates[step - 1], "tokens": tokens}
-            )
+            batch = training.shard_batch(batches[step - 1], run.mesh)
+            state, figures = run.train_step(state, run.frozen, batch)
+            rows = batches.rows(step - 1)
+            row = {"learning_rate": rates[step - 1], "rows": rows, "tokens": batches.tokens(rows)}
+            pending.append({"step": step, **figures, **row})
             evaluating = step % plan.evaluate_every == 0 or step == plan.steps
-            saving = step % plan.save_every == 0 or evaluating
+            signal = asked(step)
+            saving = step % plan.save_every == 0 or evaluating or signal
             if not (saving or step % section.log_every == 0):
                 continue
-            log(run, jax.device_get(pending), (clock(run.console) - since) / len(pending))
+            figures, gone = jax.device_get((pending, left_out(state.opt_state)))
+            log(run, figures, (clock(run.console) - since) / len(pending), int(gone))
             score = evaluate(run, step, run.predict(state.trainable)) if evaluating else None
             if saving:
                 save(run, step, state, score)
+            if signal and step < plan.steps:
+                message = f"Asked to stop: saved at step {step} of {plan.steps}; --resume goes on."
+                raise stopping.StoppedError(message, signal)
             pending, since = [], clock(run.console)
     return state
 
@@ -206,11 +224,17 @@ def clock(console: Console) -> float:
     return time.perf_counter() - console.compile_seconds
 
 
-def log(run: Run, figures: list[dict[str, Any]], seconds: float) -> None:
+def log(run: Run, figures: list[dict[str, Any]], seconds: float, gone: int = 0) -> None:
     """Writes and shows the figures of some steps, which took ``seconds`` each.
 
+    Args:
+        run: The run.
+        figures: Of each step.
+        seconds: Of each.
+        gone: How many steps of the run have changed nothing so far.
+
     Raises:
-        NotFiniteError: A loss or a gradient is not finite.
+        NotFiniteError: A loss or a gradient is not finite, and it is one too many.
     """
     rows = [
         {
@@ -222,20 +246,33 @@ def log(run: Run, figures: list[dict[str, Any]], seconds: float) -> None:
             "tokens": row["tokens"],
             "seconds": seconds,
         }
+        | ({} if is_finite(row) else {"rows": row["rows"].tolist()})
         for row in figures
     ]
     run_directory.append_rows(run.directory, rows)
     for row in rows:
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+        if is_finite(row):
+            continue
+        is_left_out = not math.isfinite(row["grad_norm"])
+        if not is_left_out or not 0 < gone <= run.config.training.skip_not_finite:
             raise NotFiniteError(stopped(run, row))
+        run.console.warn(
+            f"step {row['step']} is left out: the gradient's norm is {row['grad_norm']}, of rows "
+            f"{', '.join(map(str, row['rows']))}"
+        )
     run.console.step(
         rows[-1]["step"],
         run.plan.steps,
-        loss=float(np.mean([row["loss"] for row in rows])),
+        loss=float(np.mean([row["loss"] for row in rows if is_finite(row)] or [math.nan])),
         learning_rate=rows[-1]["learning_rate"],
         tokens_per_second=sum(row["tokens"] for row in rows) / (seconds * len(rows)),
         seconds_left=seconds * (run.plan.steps - rows[-1]["step"]),
     )
+
+
+def is_finite(row: dict[str, Any]) -> bool:
+    """Whether a step's loss and gradient are numbers."""
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
 
 def stopped(run: Run, row: dict[str, Any]) -> str:
@@ -244,8 +281,9 @@ def stopped(run: Run, row: dict[str, Any]) -> str:
     kept = f"The checkpoint of step {last} is kept." if last else "There is no checkpoint yet."
     message = (
         f"Stopped at step {row['step']}: the loss is {row['loss']} and the gradient's norm is "
-        f"{row['grad_norm']}. {kept} Try a lower training.learning_rate, a longer "
-        "training.warmup, or float32 for model.dtype."
+        f"{row['grad_norm']}, of rows {', '.join(map(str, row['rows']))}. {kept} Try a lower "
+        "training.learning_rate, a longer training.warmup, or float32 for model.dtype; or leave "
+        "out such steps with training.skip_not_finite."
     )
     stop = {"status": "not finite", "step": row["step"], "last_good_step": last}
     run_directory.write_json(run.directory / run_directory.RESULT, {**stop, "message": message})
@@ -278,9 +316,13 @@ def finish(
     """Saves the adapter, checks it, and writes the result and the report."""
     directory, task, sets = run.directory, run.task, run.sets
     metrics = task.metrics(after.outputs, sets.evaluation) | task.scores(sets, after.texts)
-    check = adapter.export(
-        directory / run_directory.ADAPTER, run.model, state.trainable, run.config, sets, metrics
-    )
+    trainable = jax.device_get(training.replicate(state.trainable, run.mesh))
+    if not processes.is_first():
+        processes.wait_for_all("the run is finished")
+        return {"status": "finished"}
+    place = directory / run_directory.ADAPTER
+    with where_weights_fit(run.mesh):
+        check = adapter.export(place, run.model, trainable, run.config, sets, metrics)
     rows, summary = run_directory.read_rows(directory), summarise(run.model, run.config)
     result = {
         "status": "finished",
@@ -295,5 +337,6 @@ def finish(
     }
     run_directory.write_json(directory / run_directory.RESULT, result)
     report.write(directory, run.config, result, rows, summary, sets, before, after)
+    processes.wait_for_all("the run is finished")
     run.console.table(f"Finished: {directory}", report.headline(result))
     return result

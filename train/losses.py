@@ -51,6 +51,11 @@ def _log_normaliser_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -
     return value, (jnp.exp(logits - value[..., None]) * tangent).sum(axis=-1)
 
 
+def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """A loss from its sum and what it is divided by; 0 where nothing counts."""
+    return total / jnp.where(weight == 0, 1, weight)
+
+
 def next_tokens(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """What each position of a batch predicts, and whether that is learned.
 

@@ -1,5 +1,6 @@
 """The model with its adapters: loaded, split, and made into a train step and an eval step."""
 
+import contextlib
 import functools
 import warnings
 from typing import Any, NamedTuple
@@ -88,31 +89,75 @@ def summarise(model: models.Pretrained, config: Config) -> Any:
     return lora_jax.summary(model.params, lora_config(config), layouts=model.layouts)
 
 
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+    """The devices of all processes, as the config lays them out.
+
+    Raises:
+        ValueError: It asks for more or fewer than there are.
+    """
+    return training.make_mesh(**config.mesh.model_dump())
+
+
+def are_cut(mesh: jax.sharding.Mesh) -> bool:
+    """Whether a device holds only parts of weights."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+
+
+def where_weights_fit(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Where the whole model is: in the host's memory, if devices hold only parts of it."""
+    if not are_cut(mesh):
+        return contextlib.nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def put(
+    state: training.TrainState,
+    frozen: Any,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    layouts: Any,
+) -> tuple[training.TrainState, Any, training.Placement | None]:
+    """State and frozen weights on the mesh, and where they are; None if whole on all devices."""
+    if not are_cut(mesh):
+        return (*training.replicate((state, frozen), mesh), None)
+    places = training.placements(frozen, state.trainable, mesh, layouts=layouts)
+    where = training.state_placement(state, tx, places), places.frozen
+    return (*training.place((state, frozen), where), places)
+
+
 def make_train_step(
     task: Task,
     model: models.Pretrained,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     smoothing: float,
+    *,
+    accumulate: int = 1,
+    placement: training.Placement | None = None,
 ) -> Any:
     """The jitted train step: `(state, frozen, batch) -> (state, metrics)`."""
-    adapted = adapt(model, mesh.size)
+    adapted = adapt(model, training.batch_shards(mesh))
 
-    def loss_fn(trainable: Any, frozen: Any, batch: Any, keys: training.StepKeys) -> jax.Array:
+    def loss_fn(trainable: Any, frozen: Any, batch: Any, keys: training.StepKeys) -> Any:
         params = lora_jax.combine(frozen, trainable, dropout_key=keys.lora)
         return task.loss(adapted, params, batch, smoothing, keys.model)
 
-    return training.make_train_step(loss_fn, tx, mesh)
+    return training.make_train_step(loss_fn, tx, mesh, placement=placement, accumulate=accumulate)
 
 
-def make_eval_step(task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh) -> Any:
+def make_eval_step(
+    task: Task,
+    model: models.Pretrained,
+    mesh: jax.sharding.Mesh,
+    placement: training.Placement | None = None,
+) -> Any:
     """The jitted eval step: `(trainable, frozen, batch) -> what the task keeps of each row`."""
-    adapted = adapt(model, mesh.size)
+    adapted = adapt(model, training.batch_shards(mesh))
 
     def outputs_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         return task.outputs(adapted, lora_jax.combine(frozen, trainable), batch)
 
-    return training.make_eval_step(outputs_fn, mesh)
+    return training.make_eval_step(outputs_fn, mesh, placement=placement)
 
 
 def adapt(model: models.Pretrained, devices: int = 1) -> Model:

@@ -21,9 +21,18 @@ def make_optimizer(section: TrainingSection, steps: int) -> optax.GradientTransf
         weight_decay=section.weight_decay,
         mask=decay_mask,
     )
-    if section.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(section.clip_norm), adamw)
+    tx = adamw
+    if section.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(section.clip_norm), adamw)
+    if section.skip_not_finite:
+        tx = optax.apply_if_finite(tx, section.skip_not_finite)
+    return tx
+
+
+def left_out(opt_state: optax.OptState) -> jax.Array | int:
+    """How many steps have changed nothing, since their gradients were not finite."""
+    is_counted = isinstance(opt_state, optax.ApplyIfFiniteState)
+    return opt_state.total_notfinite if is_counted else 0
 
 
 def learning_rate_schedule(section: TrainingSection, steps: int) -> optax.Schedule:

@@ -1,11 +1,10 @@
-"""For how long a run trains, and whether its tokens are the model's."""
+"""For how long a run trains, in batches of which size, and whether its tokens are the model's."""
 
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from lora_jax import training
 
@@ -29,14 +28,33 @@ class Plan(NamedTuple):
     save_every: int
 
 
-def make_plan(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Plan:
-    """Counts steps.
+def sized(config: Config, mesh: jax.sharding.Mesh) -> Config:
+    """The config with the batch size of all devices together, whichever of both was given.
 
     Raises:
-        ValueError: A batch does not divide over the devices, or is larger than the data.
+        ValueError: They disagree, or the devices cannot share a batch.
     """
     section = config.training
-    training.check_batch(jax.ShapeDtypeStruct((section.batch_size,), np.int32), mesh)
+    size = training.batch_size(
+        mesh,
+        total=section.total,
+        per_device=section.batch_size_per_device,
+        accumulate=section.accumulate,
+    )
+    return config.model_copy(update={"training": section.model_copy(update={"batch_size": size})})
+
+
+def make_plan(config: Config, rows: int) -> Plan:
+    """Counts steps.
+
+    Args:
+        config: The run's config, `sized`.
+        rows: How many there are to train on.
+
+    Raises:
+        ValueError: A batch is larger than the data.
+    """
+    section = config.training
     if section.batch_size > rows:
         raise ValueError(
             f"`training.batch_size` is {section.batch_size}, and there are {rows} rows to train "

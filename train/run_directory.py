@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .config import Config
+from .config import Config, DistributedSection
 from .config_file import to_yaml
+from .processes import is_first, wait_for_all
 
 CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 CHECKPOINTS, ADAPTER, CURVES, REPORT = "checkpoints", "adapter", "curves.png", "report.html"
@@ -55,22 +56,26 @@ def check_directory(config: Config) -> bool:
 def start_directory(config: Config, resume: bool) -> Path:
     """Makes the directory; what an older run left is removed, unless it is resumed."""
     directory = Path(config.output.directory)
-    if not resume:
+    if not resume and is_first():
         if directory.exists():
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
         write_config(config)
+    wait_for_all("the output directory is there")
     return directory
 
 
 def write_config(config: Config) -> None:
-    """Writes the resolved config."""
+    """Writes the resolved config, without who took part: it can be run again anywhere."""
     directory = Path(config.output.directory)
+    config = config.model_copy(update={"distributed": DistributedSection()})
     write_text(directory / CONFIG, to_yaml(config, directory))
 
 
 def append_rows(directory: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds lines to the metrics; they are on disk when this returns."""
+    if not is_first():
+        return
     with (directory / METRICS).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
         file.flush()
@@ -81,13 +86,13 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     """The metrics so far; a last line that a crash cut short is left out."""
     path = directory / METRICS
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [_as_numbers(json.loads(line)) for line in lines]
 
 
 def cut_rows(directory: Path, step: int) -> None:
     """Drops the lines after a step, which a resumed run is about to write again."""
     rows = [row for row in read_rows(directory) if row["step"] <= step]
-    write_text(directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(directory / METRICS, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -96,7 +101,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file, whole or not at all; of several processes the first does."""
+    if not is_first():
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -109,6 +116,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `_finite`."""
+    return {key: float(v) if v in ("nan", "inf", "-inf") else v for key, v in row.items()}
 
 
 def _free_name(directory: Path) -> str:

@@ -36,7 +36,12 @@ def mean_gradient(
         keys: Of the step.
         parts: How many batches it is taken apart into.
     """
-    total, weight, grads = summed_gradient(loss_fn, trainable, frozen, batch, keys, parts)
+    return mean(*summed_gradient(loss_fn, trainable, frozen, batch, keys, parts), trainable)
+
+
+def mean(total: jax.Array, weight: jax.Array, grads: Any, trainable: Any) -> tuple[jax.Array, Any]:
+    """Loss and gradient from their sums; 0 of a batch in which nothing counts."""
+    weight = jnp.where(weight == 0, 1, weight)
     grads = jax.tree.map(lambda g, leaf: (g / weight).astype(leaf.dtype), grads, trainable)
     return total / weight, grads
 

@@ -73,13 +73,17 @@ def place(tree: Tree, shardings: Any) -> Tree:
     """Puts every array of a tree where it belongs, also on devices of several processes.
 
     Args:
-        tree: Arrays; all processes hold the same ones.
+        tree: Arrays, all processes hold the same ones; or shapes, which learn where they belong.
         shardings: A sharding for each, as `placements` and `state_placement` give them.
     """
     return jax.tree.map(_place, tree, shardings)
 
 
-def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+def _place(array: Any, sharding: NamedSharding) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return jax.jit(lambda array: array, out_shardings=sharding)(array)
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from ._gradient import LossFn, summed_gradient
+from ._gradient import LossFn, mean, summed_gradient
 from ._precision import Precision
 from ._steps import TrainState, advanced, in_precision, step_keys
 
@@ -49,10 +49,7 @@ def make_pmap_train_step(
         own = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axis_name)), keys)
         sums = summed_gradient(loss_fn, state.trainable, frozen, batch, own, accumulate)
         total, weight, grads = lax.psum(sums, axis_name)
-        grads = jax.tree.map(
-            lambda g, leaf: (g / weight).astype(leaf.dtype), grads, state.trainable
-        )
-        return advanced(state, tx, total / weight, grads)
+        return advanced(state, tx, *mean(total, weight, grads, state.trainable))
 
     return jax.pmap(train_step, axis_name=axis_name, devices=devices, donate_argnums=(0,))
 

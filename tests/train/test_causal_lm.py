@@ -83,7 +83,7 @@ def test_the_loss_is_a_mean_over_the_learned_tokens_of_the_batch(smoothing, chun
         -(1 - smoothing) * log_p[row, place - 1, token] - smoothing * log_p[row, place - 1].mean()
         for row, place, token in [(0, 1, 1), (0, 2, 2), (0, 3, 3), (1, 2, 1)]
     ]
-    found = causal_lm.loss(*given(logits, batch, chunk), smoothing)
+    found = losses.mean(*causal_lm.loss(*given(logits, batch, chunk), smoothing))
     np.testing.assert_allclose(found, np.mean(by_hand), rtol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_smoothing_of_equal_probabilities_changes_nothing():
 
 def test_a_batch_without_anything_to_learn_has_no_loss():
     batch = {"input_ids": jnp.zeros((1, 3), int), "loss_mask": jnp.zeros((1, 3), int)}
-    assert causal_lm.loss(*given(jnp.ones((1, 3, 4)), batch), 0.0) == 0
+    assert losses.mean(*causal_lm.loss(*given(jnp.ones((1, 3, 4)), batch), 0.0)) == 0
 
 
 def test_figures_weigh_tokens_and_not_rows(tokenizer):

@@ -60,7 +60,7 @@ def test_chunks_change_nothing_of_loss_gradient_and_outputs(
         of_chunks = adapt(model)._replace(chunk=8 * 5)
         params = lora_jax.combine(frozen, trainable)
         right = causal_lm.outputs(of_chunks, params, batch)[:, 1]
-        return causal_lm.loss(of_chunks, params, batch, 0.1), right
+        return losses.mean(*causal_lm.loss(of_chunks, params, batch, 0.1)), right
 
     one, two = (jax.jit(jax.value_and_grad(fn, has_aux=True))(trainable) for fn in (plain, chunked))
     np.testing.assert_array_equal(one[0][1], two[0][1])
@@ -82,7 +82,8 @@ def test_the_logits_of_the_whole_batch_never_exist(tokenizer, decoder_directory)
     of_chunks = adapt(model)._replace(logits=logits, chunk=rows * 5)
 
     def loss(trainable):
-        return causal_lm.loss(of_chunks, lora_jax.combine(frozen, trainable), batch, 0.0)
+        params = lora_jax.combine(frozen, trainable)
+        return losses.mean(*causal_lm.loss(of_chunks, params, batch, 0.0))
 
     def outputs(trainable):
         return causal_lm.outputs(of_chunks, lora_jax.combine(frozen, trainable), batch)
@@ -130,9 +131,10 @@ def test_every_chunk_draws_its_own_dropout_of_the_head(tokenizer, decoder_direct
 
     def each(place):  # the loss of the tokens of one chunk: the last position predicts nothing
         learned = jnp.zeros((1, 8), int).at[0, place + 1 : place + 4].set(1)
-        return float(causal_lm.loss(of_chunks, params, {**batch, "loss_mask": learned}, 0.0))
+        marked = {**batch, "loss_mask": learned}
+        return float(losses.mean(*causal_lm.loss(of_chunks, params, marked, 0.0)))
 
     assert each(0) != each(4)
     of_chunks = of_chunks._replace(chunk=4096)
     plain = {**params, "embed_tokens": model.params["embed_tokens"]}
-    assert float(causal_lm.loss(of_chunks, plain, batch, 0.0)) != each(0)
+    assert float(losses.mean(*causal_lm.loss(of_chunks, plain, batch, 0.0))) != each(0)

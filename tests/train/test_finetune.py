@@ -162,32 +162,41 @@ def test_an_existing_run_is_not_touched_unasked(folder, capsys):
     assert (folder / "out" / "notes.txt").read_text() == "mine"
 
 
+class Poisoned(finetune.Batches):
+    """An id outside the table of words gives NaN, at step 12."""
+
+    def __getitem__(self, step):
+        batch = super().__getitem__(step)
+        poison = {"input_ids": np.full_like(batch["input_ids"], 999)}
+        return batch | (poison if step == 11 else {})
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(
     folder, capsys, monkeypatch
 ):
-    original = finetune.Batches
-
-    def poisoned(*arguments, **settings):
-        batches = original(*arguments, **settings)
-
-        def poison(index):
-            batch = dict(batches[index])
-            if index == 11:
-                # An id outside the table of words gives NaN.
-                batch["input_ids"] = np.full_like(batch["input_ids"], 999)
-            return batch
-
-        return type("Batches", (), {"__getitem__": lambda self, index: poison(index)})()
-
-    monkeypatch.setattr(finetune, "Batches", poisoned)
+    monkeypatch.setattr(finetune, "Batches", Poisoned)
     assert train(folder) == 3
-    assert "Stopped at step 12: the loss is nan" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Stopped at step 12: the loss is nan" in said
+    bad = next(row["rows"] for row in rows(folder / "out") if row["step"] == 12)
+    assert len(bad) == 16
+    assert f"of rows {', '.join(map(str, bad))}. The checkpoint of step 10" in said
     result = json.loads((folder / "out" / "result.json").read_text())
     assert (result["status"], result["step"], result["last_good_step"]) == ("not finite", 12, 10)
     state = stored(folder / "out", 10)
     arrays = [np.frombuffer(value, np.float32) for path, value in state.items() if "kernel" in path]
     assert all(np.isfinite(array).all() for array in arrays)
     assert not (folder / "out" / "adapter").exists()
+
+
+def test_a_step_that_is_not_finite_may_be_left_out(folder, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "Batches", Poisoned)
+    assert train(folder, "training.skip_not_finite=1", "training.save_every=1") == 0
+    assert "step 12 is left out: the gradient's norm is nan, of rows " in capsys.readouterr().out
+    found = {row["step"]: row for row in rows(folder / "out") if "loss" in row}
+    assert [step for step, row in found.items() if "rows" in row] == [12]
+    assert all(np.isfinite(row["loss"]) for step, row in found.items() if step != 12)
+    assert (folder / "out" / "adapter").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax import models
-from train import packing, text_rows
+from train import losses, packing, text_rows
 from train.batches import collate
 from train.config import DataSection
 from train.model import adapt
@@ -58,7 +58,7 @@ def test_packed_loss_and_gradient_are_those_of_the_examples_alone(
 
     def loss(params, encoded):
         batch = collate(encoded, range(len(encoded.rows)), encoded.lengths[-1:])
-        return causal_lm.loss(adapt(model), params, batch, smoothing)
+        return losses.mean(*causal_lm.loss(adapt(model), params, batch, smoothing))
 
     one, other = (
         jax.jit(jax.value_and_grad(lambda params, encoded=encoded: loss(params, encoded)))(

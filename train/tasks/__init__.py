@@ -1,7 +1,7 @@
 """Tasks: what a run asks of a model is one file, and everything else is the same for all.
 
 task = task_of(config)
-loss = task.loss(model, params, batch, smoothing)
+total, weight = task.loss(model, params, batch, smoothing)
 outputs = task.outputs(model, params, batch)
 """
 
@@ -114,8 +114,11 @@ class Task(Protocol):
         batch: Any,
         smoothing: float,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The loss of a batch, ``()``; with a key the model's own dropout is on."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss of a batch as a sum and what it is divided by, ``()`` each.
+
+        With a key the model's own dropout is on.
+        """
         ...
 
     def outputs(self, model: Model, params: Any, batch: Any) -> jax.Array:

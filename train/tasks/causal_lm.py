@@ -97,15 +97,14 @@ def loss(
     batch: Any,
     smoothing: float,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """The mean over the learned tokens of the whole batch, whichever rows they are in."""
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over the learned tokens, whichever rows they are in, and their number."""
 
     def of_chunk(logits: jax.Array, targets: jax.Array, weights: jax.Array):
         losses = cross_entropy(logits, targets, smoothing)
         return (losses * weights).sum(), weights.sum()
 
-    total, count = _sums(model, params, batch, of_chunk, dropout_key)
-    return total / jnp.maximum(count, 1)
+    return _sums(model, params, batch, of_chunk, dropout_key)
 
 
 def outputs(model: Model, params: Any, batch: Any) -> jax.Array:

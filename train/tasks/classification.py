@@ -147,10 +147,11 @@ def loss(
     batch: Any,
     smoothing: float,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """The mean cross-entropy of the batch."""
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the batch's cross-entropies, and the number of its rows."""
     logits = apply(model.apply, params, batch, dropout_key=dropout_key)
-    return cross_entropy(logits, batch["labels"], smoothing).mean()
+    losses = cross_entropy(logits, batch["labels"], smoothing)
+    return losses.sum(), jnp.float32(losses.size)
 
 
 def outputs(model: Model, params: Any, batch: Any) -> jax.Array:

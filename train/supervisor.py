@@ -1,0 +1,78 @@
+"""A run in a process of its own, watched by this one: started again if it dies, and explained.
+
+Needed where a run can end without a word of its own: one process of several is aborted by JAX
+when another is gone. Nothing here imports JAX.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .exit_codes import BAD_INPUT, FAILED, INTERRUPTED, NOT_FINITE, PEER_GONE
+
+WATCHED = "LORA_JAX_WATCHED"  # set in the environment of the process that is watched
+FINAL = {0, BAD_INPUT, NOT_FINITE, INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+"""Exit codes after which starting again would change nothing, or is not wanted."""
+
+
+def supervise(arguments: Sequence[str], max_restarts: int, *, several: bool) -> int:
+    """Runs ``python -m train`` with these arguments.
+
+    Args:
+        arguments: The command line, without the program.
+        max_restarts: How often to go on from the last checkpoint after a crash.
+        several: Whether it is one process of several.
+
+    Returns:
+        The exit code of the last attempt; `PEER_GONE` if JAX aborted it for another's sake.
+    """
+    arguments = list(arguments)
+    for attempt in range(max_restarts + 1):
+        code = _run(arguments)
+        if code in FINAL:
+            return code
+        code, why = _explained(code, several)
+        again = attempt < max_restarts
+        after = f"starting again ({attempt + 1} of {max_restarts})" if again else "use --resume"
+        print(f"{why}: {after}, from the last checkpoint.", file=sys.stderr, flush=True)
+        arguments = [word for word in arguments if word not in ("--resume", "--overwrite")]
+        arguments.append("--resume")
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """One attempt; signals that come meanwhile are passed on to it."""
+    program = [sys.executable, "-m", "train", *arguments]
+    environment = os.environ | {WATCHED: "1"}
+    # A group of its own: a terminal's Ctrl-C would reach it twice.
+    child = subprocess.Popen(program, env=environment, process_group=0, preexec_fn=_die_with_parent)
+
+    def pass_on(number: int, frame: Any) -> None:
+        del frame
+        child.send_signal(number)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explained(code: int, several: bool) -> tuple[int, str]:
+    if several and code in (PEER_GONE, -signal.SIGABRT):
+        return PEER_GONE, "Another process of this run is gone"
+    if code < 0:
+        return 128 - code, f"The run was ended by signal {signal.Signals(-code).name}"
+    return code or FAILED, f"The run ended with exit code {code}"
+
+
+def _die_with_parent() -> None:
+    """Linux ends this process when its parent is gone, however that went."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
