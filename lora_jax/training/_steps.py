@@ -18,7 +18,13 @@ from .._joined import whole_in_axes
 from ._batch import batch_sharding, check_batch
 from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import replicated
-from ._placement import Placement, cuts_products, gathered_later, gathered_now
+from ._placement import (
+    Placement,
+    cuts_products,
+    gathered_later,
+    gathered_now,
+    state_placement,
+)
 from ._precision import Precision
 
 
@@ -94,7 +100,11 @@ def make_train_step(
         trainable, frozen = _as_read(state.trainable, frozen, placement)
         with whole_in_axes(not cuts_products(placement, mesh)):
             loss, grads = mean_gradient(loss_fn, trainable, frozen, batch, keys, accumulate)
-        return advanced(state, tx, loss, grads)
+        state, metrics = advanced(state, tx, loss, grads)
+        if placement is not None:  # it comes out where it went in
+            places = state_placement(state, tx, placement)
+            state = jax.lax.with_sharding_constraint(state, places)
+        return state, metrics
 
     whole = replicated(mesh)
     if placement is None:

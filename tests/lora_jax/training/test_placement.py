@@ -87,10 +87,14 @@ def run(base: str, stacked: bool, devices: int, accumulate: int = 1, **axes: int
     rows = training.shard_batch(batch(), mesh)
     step = training.make_train_step(loss_fn, tx, mesh, placement=placement, accumulate=accumulate)
     text = step.lower(state, frozen, rows).compile().as_text()
-    losses = []
+    losses, places = [], jax.tree.map(lambda leaf: leaf.sharding, state)
     for _ in range(3):
         state, metrics = step(state, frozen, rows)
         losses.append(metrics["loss"])
+        stays = jax.tree.map(
+            lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, places
+        )
+        assert all(jax.tree.leaves(stays))
     return jax.device_get((losses, state.trainable)), state, text
 
 
