@@ -66,13 +66,17 @@ def group_of(section: Section, environment: Mapping[str, str]) -> Group | None:
             )
         numbers = (_number(found[field]) for field in ("process_id", "num_processes"))
         return Group(found["coordinator"][1], *numbers)
-    return Group() if any(int(environment.get(name, "1")) > 1 for name in SIZES) else None
+    return Group() if _is_sized(environment) else None
 
 
 def is_told(overrides: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Whether anything says so, before the config is read."""
     said = any(override.startswith("distributed.") for override in overrides)
-    return said or any(name in environment for name in (*NAMES["coordinator"], *SIZES))
+    return said or _is_sized(environment) or any(n in environment for n in NAMES["coordinator"])
+
+
+def _is_sized(environment: Mapping[str, str]) -> bool:
+    return any(environment.get(name, "1") != "1" for name in SIZES)
 
 
 def _number(found: tuple[str, str] | None) -> int | None:
