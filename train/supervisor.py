@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .exit_codes import BAD_INPUT, FAILED, INTERRUPTED, NOT_FINITE, PEER_GONE
@@ -20,7 +21,7 @@ FINAL = {0, BAD_INPUT, NOT_FINITE, INTERRUPTED, 128 + signal.SIGINT, 128 + signa
 
 
 def supervise(arguments: Sequence[str], max_restarts: int, *, several: bool) -> int:
-    """Runs ``python -m train`` with these arguments.
+    """Runs the application with these arguments.
 
     Args:
         arguments: The command line, without the program.
@@ -46,8 +47,9 @@ def supervise(arguments: Sequence[str], max_restarts: int, *, several: bool) -> 
 
 def _run(arguments: Sequence[str]) -> int:
     """One attempt; signals that come meanwhile are passed on to it."""
-    program = [sys.executable, "-m", "train", *arguments]
-    environment = os.environ | {WATCHED: "1"}
+    program = [sys.executable, "-m", str(__package__), *arguments]
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {WATCHED: "1", "PYTHONPATH": os.pathsep.join(path)}
     # A group of its own: a terminal's Ctrl-C would reach it twice.
     child = subprocess.Popen(program, env=environment, process_group=0, preexec_fn=_die_with_parent)
 
