@@ -7,7 +7,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -218,7 +217,7 @@ def _adapter_directory(given: Path) -> Path:
 def _names(adapter: Path) -> dict[str, str | None]:
     """The fields that name task and base, once the whole config is known to be right."""
     adapter_config.read(adapter)
-    fields = json.loads((adapter / adapter_config.FILE).read_text(encoding="utf-8"))
+    fields = adapter_config.read_fields(adapter)
     names = {name: fields.get(name) or None for name in _NAMES}
     if not all(isinstance(name, str | None) for name in names.values()):
         listed = ", ".join(f"`{name}`" for name in _NAMES)

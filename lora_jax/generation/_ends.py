@@ -4,10 +4,10 @@ A chat model often ends its turns with a token that its tokenizer does not call 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from ..io._json import read_object
 from ._generation_config import GENERATION_CONFIG
 from ._options import GenerationOptions
 
@@ -45,12 +45,4 @@ def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _generation_config(directory: Path | None) -> dict[str, Any]:
     file = None if directory is None else directory / GENERATION_CONFIG
-    if file is None or not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(found).__name__}.")
-    return found
+    return {} if file is None or not file.is_file() else read_object(file)

@@ -6,12 +6,12 @@ A field is honoured, harmless, allowed at the one value that changes nothing, or
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..io._json import read_object
 from ..io.hub import GENERATION_CONFIG
 from ._options import GenerationOptions, listed
 
@@ -57,11 +57,9 @@ def read_options(directory: str | os.PathLike, **changes: Any) -> GenerationOpti
     """
     path = Path(directory) / GENERATION_CONFIG
     try:
-        found = json.loads(path.read_text())
+        found = read_object(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Give the options yourself.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}.")
+        raise ValueError(f"{path} cannot be read: {error} Give the options yourself.") from None
     stated = {name: value for name, value in found.items() if value is not None}
     if problems := list(_not_honoured(stated, changes)):
         raise ValueError(listed(f"{path} asks for what is not supported", problems))

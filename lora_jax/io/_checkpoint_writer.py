@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.io._directory import new_directory
+from lora_jax.io._inside import check_inside
 from lora_jax.io._safetensors import write_tensors
 from lora_jax.io.gguf import write_tokenizer
 from lora_jax.io.hub import GENERATION_CONFIG, TOKENIZER_FILES
@@ -124,7 +125,11 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def copy_files(source: Path | None, target: Path, names: Sequence[str] = COPIED_FILES) -> None:
-    """Copies the files of these names, those that there are; of a GGUF file, its tokenizer."""
+    """Copies the files of these names, those that there are; of a GGUF file, its tokenizer.
+
+    Raises:
+        ValueError: One is a link out of ``source``: what it leads to was never published.
+    """
     if source is None:
         return
     if source.is_file():
@@ -132,6 +137,7 @@ def copy_files(source: Path | None, target: Path, names: Sequence[str] = COPIED_
         return
     for name in names:
         if (source / name).is_file():
+            check_inside(source / name)
             shutil.copyfile(source / name, target / name)
 
 

@@ -1,31 +1,69 @@
-"""Safetensors files: read, their headers first and their tensors when asked; and written."""
+"""Safetensors files: read, their headers first and their tensors when asked; and written.
 
-import json
-import os
+A tensor is read from where the header has it: to open the file with the safetensors library would
+parse the header once more for every tensor.
+"""
+
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from lora_jax.io._header import read_header
+from lora_jax.io._inside import checked_file
+from lora_jax.io._json import read_object
+
 FLOATS = ("F16", "BF16", "F32", "F64")
+SUFFIX = ".safetensors"
+
+_DTYPES: Mapping[str, Any] = {
+    **{"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64},
+    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+    **{"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64},
+    **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2},
+    **{"BOOL": np.bool_, "C64": np.complex64},
+}
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file, not read yet."""
+    """A tensor in a file, not read yet.
+
+    Attributes:
+        file: The file.
+        name: What the file calls it.
+        shape: Its shape.
+        dtype: As the file spells it: ``"F32"``.
+        start: Its first byte, counted from the start of the file.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
     def read(self) -> np.ndarray:
-        """Its values, as stored."""
-        with safe_open(self.file, framework="numpy") as opened:
-            return opened.get_tensor(self.name)
+        """Its values, as stored.
+
+        Raises:
+            ValueError: Its dtype is none that is read, or the file was cut short since its
+                header was read.
+        """
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.file}: {self.name} is {self.dtype}, which is not read.")
+        dtype = np.dtype(_DTYPES[self.dtype])
+        size = math.prod(self.shape) * dtype.itemsize
+        with self.file.open("rb") as opened:
+            opened.seek(self.start)
+            data = np.fromfile(opened, np.uint8, size)
+        if len(data) != size:
+            raise ValueError(f"{self.file} was cut short while it was read: fetch it again.")
+        return data.view(dtype).reshape(self.shape)
 
 
 def tensors_in(file: Path) -> dict[str, Tensor]:
@@ -34,17 +72,10 @@ def tensors_in(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: The file is not a whole safetensors file.
     """
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {
-                name: Tensor(file, name, tuple(s.get_shape()), s.get_dtype())
-                for name, s in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a complete safetensors file ({error}): fetch it again."
-        ) from error
+    return {
+        name: Tensor(file, name, stored.shape, stored.dtype, stored.start)
+        for name, stored in read_header(file).tensors.items()
+    }
 
 
 def write_tensors(
@@ -82,37 +113,25 @@ def tensors_of_index(index: Path) -> dict[str, Tensor]:
     present = {(name, shard) for shard, tensors in found.items() for name in tensors}
     if listed != present:
         odd = sorted(f"{name} ({shard})" for name, shard in listed ^ present)
-        raise ValueError(f"{index} and its files disagree about: {', '.join(odd)}.")
+        more = f" and {len(odd) - 20} more" if len(odd) > 20 else ""
+        raise ValueError(f"{index} and its files disagree about: {', '.join(odd[:20])}{more}.")
     return {name: found[shard][name] for name, shard in weight_map.items()}
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if all(isinstance(shard, str) for shard in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
+    weight_map = read_object(index).get("weight_map")
+    if isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values()):
+        return weight_map
     raise ValueError(f'{index} must be a JSON object with {{"weight_map": {{tensor: file}}}}.')
 
 
 def _shard(directory: Path, shard: str) -> Path:
-    if shard in ("", ".", "..") or "/" in shard or "\\" in shard or os.path.isabs(shard):
+    try:
+        file = checked_file(directory, shard)
+    except ValueError as error:
+        raise ValueError(f"The index of {directory} names {shard!r:.200}: {error}") from error
+    if file.suffix != SUFFIX:
         raise ValueError(
-            f"The index of {directory} names {shard!r}: only plain file names are read."
-        )
-    file = directory / shard
-    if not file.is_file():
-        raise ValueError(f"The index of {directory} names {shard!r}, which is not there.")
-    if not any(file.resolve().is_relative_to(root) for root in _roots(directory)):
-        raise ValueError(
-            f"{file} is a link to {file.resolve()}, outside its directory: copy the file there."
+            f"The index of {directory} names {shard!r:.200}: only {SUFFIX} files are read."
         )
     return file
-
-
-def _roots(directory: Path) -> list[Path]:
-    """The directory, and for a snapshot of the hub's cache the blobs that it links to."""
-    here = directory.resolve()
-    blobs = [here.parent.parent / "blobs"] if here.parent.name == "snapshots" else []
-    return [here, *blobs]

@@ -4,7 +4,6 @@ Nothing is skipped and nothing is made up: every tensor of the file must have a 
 model and every weight of the model a tensor in the file, or one error lists them all.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.io._json import read_object
 from lora_jax.io._safetensors import FLOATS, tensors_in, tensors_of_index
 from lora_jax.io._tensor import Tensor
 from lora_jax.io.names import NameTable, Published
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_FIELDS = 1_000
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_config_json(directory: Path) -> dict[str, Any]:
@@ -30,17 +33,16 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no config.json: it is not a checkpoint's directory.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} must hold one JSON object.")
+    fields = read_object(file)
+    if len(fields) > MAX_FIELDS:
+        raise ValueError(f"{file} has {len(fields)} fields, more than {MAX_FIELDS}.")
     model_type, architectures = fields.get("model_type"), fields.get("architectures") or []
     if not isinstance(model_type, str | None):
-        raise ValueError(f"{file}: `model_type` must be a name, got {model_type!r}.")
+        raise ValueError(f"{file}: `model_type` must be a name, got {model_type!r:.80}.")
     if not isinstance(architectures, list) or not all(isinstance(n, str) for n in architectures):
-        raise ValueError(f"{file}: `architectures` must be a list of names, got {architectures!r}.")
+        raise ValueError(
+            f"{file}: `architectures` must be a list of names, got {architectures!r:.80}."
+        )
     return fields
 
 
@@ -56,14 +58,18 @@ def find_tensors(directory: Path) -> Mapping[str, Tensor]:
         return tensors_in(directory / SINGLE)
     if (directory / INDEX).is_file():
         return tensors_of_index(directory / INDEX)
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt") for file in directory.glob(pattern))
-    if pickles:
+    if pickles := pickles_in(directory):
         raise ValueError(
             f"{directory} has its weights in {', '.join(pickles)} only. These are pickle files, "
             "which run code when they are opened, so they are not read. Convert them where "
             'torch is installed: AutoModel.from_pretrained(...).save_pretrained("new").'
         )
     raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}.")
+
+
+def pickles_in(directory: Path) -> list[str]:
+    """The names of a directory's pickle files, which nothing here opens."""
+    return sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
 
 
 class Match(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gguf, hub
+from ._json import read_object
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -21,6 +22,12 @@ VOCABULARIES = (
     "sentencepiece.bpe.model",
 )
 """A directory without any of these has no tokenizer, whatever else it holds."""
+
+CONFIG = "tokenizer_config.json"
+_NAME_FILES_TOO = ("vocab", "merges", "source_spm", "target_spm")
+_NOT_OVERRIDDEN = ("fast_tokenizer_files", "init_inputs")
+_WHY = "the directory says which files there are"
+MAX_BYTES = 256 << 20  # of a file; the tokenizer.json of a vocabulary of 262,144 has 33 MB
 
 
 def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) -> Any:
@@ -78,6 +85,11 @@ def _from_directory(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in VOCABULARIES):
         # transformers would make a tokenizer that knows no word.
         raise ValueError(f"{directory} has no tokenizer: none of {', '.join(VOCABULARIES)}.")
+    for name in hub.TOKENIZER_FILES:
+        file = directory / name
+        if file.is_file() and file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{file} is larger than {MAX_BYTES >> 20} MiB: no tokenizer's is.")
+    elsewhere = _files_elsewhere(directory)
     try:
         import transformers
     except ImportError as error:
@@ -86,7 +98,30 @@ def _from_directory(directory: Path) -> Any:
         ) from error
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            directory, local_files_only=True, trust_remote_code=False, **elsewhere
         )
     except Exception as error:  # a broken file makes transformers raise almost anything
         raise ValueError(f"{directory} has no tokenizer that can be read: {error}") from None
+
+
+def _files_elsewhere(directory: Path) -> dict[str, None]:
+    """The fields of a tokenizer's config that name its files; None lets the directory say.
+
+    transformers 5.0 opens what such a field names, wherever that is. Configs of good faith have
+    such fields too: where the files were on the machine that saved them.
+
+    Raises:
+        ValueError: The config is malformed, or has a field that cannot be overridden so.
+    """
+    file = directory / CONFIG
+    if not file.is_file():
+        return {}
+    fields = read_object(file)
+    for name in _NOT_OVERRIDDEN:
+        if fields.get(name):
+            raise ValueError(f"{file}: `{name}` is {fields[name]!r:.200}: remove it, {_WHY}.")
+    return {
+        name: None
+        for name, value in fields.items()
+        if isinstance(value, str) and (name.endswith("_file") or name in _NAME_FILES_TOO)
+    }

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 MAX_SIZE = 2**31 - 1  # of an axis
-MAX_LAYERS = 10_000
-LAYERS = ("num_hidden_layers", "n_layer")
+MAX_LAYERS = 1_000
+MAX_LABELS = 100_000  # a head of that many may be drawn, with no file that has as much
+LIMITS = {"num_hidden_layers": MAX_LAYERS, "n_layer": MAX_LAYERS, "num_labels": MAX_LABELS}
 
 BOOKKEEPING = frozenset(
     (
@@ -72,6 +73,7 @@ def read_fields(fields: Fields, found: Mapping[str, Any], *, num_labels: int | N
     if "num_labels" in known:
         used["num_labels"] = _num_labels(found) if num_labels is None else num_labels
     problems = [
+        *_without_labels(found),
         *_missing(known, used),
         *_of_wrong_type(fields.config, used),
         *_too_large(used),
@@ -104,7 +106,7 @@ def check_known(config: Any, name: str, known: Collection[str]) -> None:
     """
     if getattr(config, name) not in known:
         raise ValueError(
-            f"`{name}` {getattr(config, name)!r} is not supported; known: {list(known)}."
+            f"`{name}` {getattr(config, name)!r:.80} is not supported; known: {list(known)}."
         )
 
 
@@ -121,9 +123,16 @@ def check_rates(config: Any, names: Iterable[str]) -> None:
 
 
 def _num_labels(found: Mapping[str, Any]) -> Any:
-    if found.get("id2label"):
-        return len(found["id2label"])
+    labels = found.get("id2label")
+    if labels and isinstance(labels, dict):
+        return len(labels)
     return found.get("num_labels", found.get("_num_labels", 2))
+
+
+def _without_labels(found: Mapping[str, Any]) -> list[str]:
+    labels = found.get("id2label")
+    fits = isinstance(labels, dict | None)
+    return [] if fits else [f"`id2label` must be an object, got {labels!r:.80}."]
 
 
 def _missing(known: Mapping[str, dataclasses.Field], used: Mapping[str, Any]) -> list[str]:
@@ -134,7 +143,7 @@ def _missing(known: Mapping[str, dataclasses.Field], used: Mapping[str, Any]) ->
 def _of_wrong_type(config: type, used: Mapping[str, Any]) -> list[str]:
     hints = typing.get_type_hints(config)
     return [
-        f"`{name}` must be {_spell(hints[name])}, got {value!r}."
+        f"`{name}` must be {_spell(hints[name])}, got {value!r:.80}."
         for name, value in used.items()
         if not _fits(value, hints[name])
     ]
@@ -142,11 +151,10 @@ def _of_wrong_type(config: type, used: Mapping[str, Any]) -> list[str]:
 
 def _too_large(used: Mapping[str, Any]) -> list[str]:
     """Sizes that no model has, and that would fill the memory before any tensor is looked at."""
-    most = {name: MAX_LAYERS if name in LAYERS else MAX_SIZE for name in used}
     return [
-        f"`{name}` must be at most {most[name]}, got {value}."
+        f"`{name}` must be at most {LIMITS.get(name, MAX_SIZE)}, got {value!s:.80}."
         for name, value in used.items()
-        if isinstance(value, int) and value > most[name]
+        if isinstance(value, int) and value > LIMITS.get(name, MAX_SIZE)
     ]
 
 
@@ -164,7 +172,7 @@ def _spell(hint: Any) -> str:
 
 def _fixed_elsewhere(fixed: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     return [
-        f"`{name}` is {found[name]!r}; only {value!r} is supported."
+        f"`{name}` is {found[name]!r:.80}; only {value!r} is supported."
         for name, value in fixed.items()
         if name in found and found[name] != value
     ]

@@ -68,7 +68,7 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
     by_type = {name: family for family in _FAMILIES for name in family.MODEL_TYPES}
     model_type = config_json.get("model_type")
     if not isinstance(model_type, str) or model_type not in by_type:
-        raise ValueError(f"`model_type` must be one of {tuple(by_type)}, got {model_type!r}.")
+        raise ValueError(f"`model_type` must be one of {tuple(by_type)}, got {model_type!r:.80}.")
     return by_type[model_type]
 
 

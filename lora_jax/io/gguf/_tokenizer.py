@@ -202,7 +202,8 @@ def _own(header: Header) -> dict[str, Any]:
     """The keys under ``tokenizer.ggml.``, checked."""
     prefix = "tokenizer.ggml."
     own = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
-    own.setdefault("token_type", [1] * len(own.get("tokens", ())))
+    tokens = own.get("tokens")
+    own.setdefault("token_type", [1] * (len(tokens) if isinstance(tokens, list) else 0))
     problems = [*_of_another_kind(own), *_misshapen(own)]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
@@ -217,7 +218,7 @@ def _of_another_kind(own: Mapping[str, Any]) -> list[str]:
             f"'tokenizer.ggml.model' is {own.get('model')!r:.80}; only 'gpt2', byte-level BPE, is "
             "rebuilt. Use the tokenizer files that the model was published with."
         )
-    elif own.get("pre") not in PRE_TOKENIZERS:
+    elif own.get("pre") not in tuple(PRE_TOKENIZERS):  # a tuple: a list does not hash
         near = difflib.get_close_matches(str(own.get("pre")), PRE_TOKENIZERS, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
         problems.append(

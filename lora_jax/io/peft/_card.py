@@ -27,6 +27,7 @@ BASE, ADAPTER = "BASE", "ADAPTER"
 
 _PACKAGES = ("lora_jax", "jax", "flax")
 _KEY = "lora_jax: "
+_LONGEST_HEAD = 1 << 20  # characters; the facts stand before the first section
 
 
 class Facts(NamedTuple):
@@ -101,7 +102,10 @@ def read_facts(directory: Path) -> Facts:
         ValueError: The line of the facts is malformed.
     """
     file = directory / FILE
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    text = ""
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            text = opened.read(_LONGEST_HEAD)
     head = text.partition("\n---\n")[0].split("\n") if text.startswith("---\n") else []
     lines = [line.removeprefix(_KEY) for line in head if line.startswith(_KEY)]
     if not lines:

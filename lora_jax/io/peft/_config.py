@@ -6,7 +6,6 @@ refused if it says something that we would not do.
 """
 
 import dataclasses
-import json
 import reprlib
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from lora_jax.io._json import read_object
 from lora_jax.io.peft import _matching as matching
 
 Value = TypeVar("Value")
@@ -32,7 +32,6 @@ TASK_TYPES = {
 HEAD_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Task types under which PEFT saves the head in full without being told to."""
 
-MAX_BYTES = 16 * 2**20
 MAX_ENTRIES = 10_000
 
 
@@ -166,8 +165,7 @@ def read(directory: Path) -> AdapterConfig:
             supported; all such fields are listed. A field that is unknown and neutral (null,
             false or empty) changes nothing.
     """
-    file = directory / FILE
-    found = _parse(file)
+    found, file = read_fields(directory), directory / FILE
     problems = list(_problems(found))
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
@@ -176,25 +174,16 @@ def read(directory: Path) -> AdapterConfig:
     return AdapterConfig(**{name: found[name] for name in known if found.get(name) is not None})
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def read_fields(directory: Path) -> dict[str, Any]:
+    """The fields of an adapter's config as they stand there.
+
+    Raises:
+        ValueError: The file is absent, too large or malformed.
+    """
+    file = directory / FILE
     if not file.is_file():
-        raise ValueError(f"{file.parent} has no {FILE}: it is not an adapter's directory.")
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} is larger than {MAX_BYTES >> 20} MiB: no adapter's config is.")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold one JSON object.")
-    return found
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a name occurs twice among {[name for name, _ in pairs]}"[:200])
-    return found
+        raise ValueError(f"{directory} has no {FILE}: it is not an adapter's directory.")
+    return read_object(file)
 
 
 def _problems(found: Mapping[str, Any]) -> Iterable[str]:

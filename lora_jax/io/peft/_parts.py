@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
 from lora_jax._config import Parts
+from lora_jax.io._header import read_header
+from lora_jax.io._json import parse_object
 
 NOTE = "lora_jax.parts"
 
@@ -31,17 +32,14 @@ def read_note(file: Path) -> dict[str, Parts]:
     Raises:
         ValueError: The note is malformed.
     """
-    with safe_open(file, framework="numpy") as opened:
-        text = (opened.metadata() or {}).get(NOTE, "{}")
-    try:
-        found = json.loads(text)
-        parts = {module: tuple(flags) for module, flags in found.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        parts = {"": ()}
+    text = read_header(file).notes.get(NOTE, "{}")
+    refusal = f"The note {NOTE!r} in {file} does not name parts:"
+    parts = parse_object(text, f"{refusal} it")
     for flags in parts.values():
-        if not any(flags) or not all(isinstance(flag, bool) for flag in flags):
-            raise ValueError(f"The note {NOTE!r} in {file} does not name parts: {text[:200]}.")
-    return parts
+        of_bools = isinstance(flags, list) and all(isinstance(flag, bool) for flag in flags)
+        if not of_bools or not any(flags):
+            raise ValueError(f"{refusal} {text[:200]}.")
+    return {module: tuple(flags) for module, flags in parts.items()}
 
 
 def misfit(b: np.ndarray, parts: Parts) -> str | None:

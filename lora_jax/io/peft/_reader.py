@@ -17,7 +17,7 @@ from lora_jax._partition import split
 from lora_jax._paths import flatten
 from lora_jax._weights import Factors
 from lora_jax.io._safetensors import Tensor, tensors_in
-from lora_jax.io.hugging_face import read_weight
+from lora_jax.io.hugging_face import pickles_in, read_weight
 from lora_jax.io.peft import _config, _found, _parts
 from lora_jax.io.peft._checks import Adapter, problems
 from lora_jax.io.peft._config import WEIGHTS, commonest, tidy
@@ -77,10 +77,11 @@ def load_adapter(
 def _tensors(directory: Path) -> dict[str, Tensor]:
     if (directory / WEIGHTS).is_file():
         return tensors_in(directory / WEIGHTS)
-    if pickles := sorted(file.name for file in directory.glob("*.bin")):
+    if pickles := pickles_in(directory):
         raise ValueError(
             f"{directory} has its weights in {', '.join(pickles)} only, a pickle file, which "
-            "runs code when it is opened. Save it again with a recent PEFT, as safetensors."
+            "runs code when it is opened, so it is not read. Convert it where PEFT is installed: "
+            'PeftModel.from_pretrained(base, "old").save_pretrained("new") writes safetensors.'
         )
     raise ValueError(f"{directory} has no {WEIGHTS}.")
 

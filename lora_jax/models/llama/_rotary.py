@@ -9,6 +9,7 @@ section 3.2.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -117,10 +118,10 @@ def read_rope(found: Mapping[str, Any], *, theta: float, max_positions: int) -> 
         ValueError: Its type is unknown, or a key is missing, unknown or not a number.
     """
     if not isinstance(found, Mapping):
-        raise ValueError(f"Rotary embedding: it must be an object, got {found!r}.")
+        raise ValueError(f"Rotary embedding: it must be an object, got {found!r:.80}.")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in tuple(_KEYS):  # a tuple: what JSON holds may not hash
-        raise ValueError(f"`rope_type` {kind!r} is not supported; known: {tuple(_KEYS)}.")
+        raise ValueError(f"`rope_type` {kind!r:.80} is not supported; known: {tuple(_KEYS)}.")
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("`partial_rotary_factor` must be 1.0: heads are turned whole.")
     numbers: dict[str, Any] = {"rope_theta": theta}
@@ -131,8 +132,9 @@ def read_rope(found: Mapping[str, Any], *, theta: float, max_positions: int) -> 
     if odd := sorted(numbers.keys() ^ needed):
         raise ValueError(f"Rotary embedding of type {kind!r}: {odd} are missing or unknown.")
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"Rotary embedding: `{name}` must be a number, got {value!r}.")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or abs(value) > sys.float_info.max:
+            raise ValueError(f"Rotary embedding: `{name}` must be a number, got {value!r:.80}.")
     return Rope(rope_type=kind, **numbers)
 
 

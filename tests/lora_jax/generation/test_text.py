@@ -147,5 +147,5 @@ def test_the_ends_of_a_text(tmp_path, eos, config, generation, expected):
 
 def test_a_broken_generation_config_is_refused(tmp_path):
     (tmp_path / "generation_config.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+    with pytest.raises(ValueError, match="must hold one JSON object, got list"):
         end_tokens(Checkpoint(tmp_path, {}), Ends(2))

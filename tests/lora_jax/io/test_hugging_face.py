@@ -74,7 +74,7 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(tmp_path):
 @pytest.mark.parametrize(
     ("weight_map", "match"),
     [
-        pytest.param({"x": "gone.safetensors"}, "'gone.safetensors', which is not", id="absent"),
+        pytest.param({"x": "gone.safetensors"}, "'gone.safetensors': .* no such file", id="absent"),
         pytest.param({"x": "a.safetensors", "y": "a.safetensors"}, "about: y", id="not-in-file"),
         pytest.param([], "must be a JSON object", id="no-map"),
         pytest.param({"x": 3}, "must be a JSON object", id="not-a-name"),
