@@ -154,13 +154,15 @@ def answer(run: Run, trainable: Any, *, few: bool) -> Answers:
 
 
 def resume(run: Run, begin: training.TrainState) -> training.TrainState:
-    """The state of the last checkpoint, if there is one; else the state to begin with.
+    """The state of the last checkpoint that is whole, if there is any; else the one to begin with.
 
     Raises:
-        ValueError: The checkpoint is of another config or other data; the message says which.
+        ValueError: The checkpoint is of another config or other data, or none of them is whole;
+            the message says which.
     """
     state, step, changed = begin, -1, []
-    if run.saved.latest_step() is not None:
+    last = run.saved.latest_step()
+    if last is not None:
         step, state, notes = checkpoints.restore(run.saved, begin)
         changed = differences(from_plain(notes["config"]), run.config)
         changed += [
@@ -168,6 +170,8 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
             for name, found in fingerprints(run).items()
             if notes["data"][name] != found
         ]
+        if step != last:
+            run.console.warn(f"the checkpoint of step {last} is damaged: going back to {step}")
         run.console.say(f"resuming at step {step} of {run.plan.steps}")
     if changed:
         raise ValueError(

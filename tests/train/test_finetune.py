@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from lora_jax.io import checkpoints
 from train import cli, config_file, evaluate, finetune
 from train.console import Console
 
@@ -29,9 +29,8 @@ def rows(directory):
 
 def stored(directory, step):
     """The bytes of every array of a checkpoint."""
-    manager = checkpoints.open_checkpoints(directory / "checkpoints")
-    state = manager.restore(step)["state"]
-    manager.close()
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore(directory.resolve() / "checkpoints" / str(step) / "state")
     return {path: np.asarray(array).tobytes() for path, array in state.items()}
 
 
@@ -119,6 +118,17 @@ def test_killed_and_resumed_equals_never_interrupted(folder, whole, step):
     assert rows(out) == rows(whole / "out")
     assert stored(out, 20) == stored(whole / "out", 20)
     assert adapter_files(out) == adapter_files(whole / "out")
+
+
+def test_a_damaged_checkpoint_is_passed_over(folder, whole, capsys):
+    assert train(folder, "training.keep=2") == 0
+    out = folder / "out"
+    manifest = out / "checkpoints" / "20" / "manifest" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("0", "1", 1))
+    assert train(folder, "training.keep=2", "--resume") == 0
+    assert "step 20 is damaged: going back to 15" in capsys.readouterr().out
+    assert rows(out) == rows(whole / "out")
+    assert stored(out, 20) == stored(whole / "out", 20)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Checkpoints: saving and restoring is the identity, and the latest and the best stay."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,9 @@ def test_restore_is_the_identity_in_a_new_process_of_the_manager(tmp_path, devic
         pytest.param(1, "min", [0.1, 0.9, 0.5, 0.4], [1, 4], 1, id="lowest"),
         pytest.param(2, "max", [0.1, 0.2, 0.3, 0.4], [3, 4], 4, id="best-among-the-latest"),
         pytest.param(1, "max", [0.1, 0.3, 0.2, None], [2, 4], 2, id="one-without-a-score"),
+        pytest.param(1, "max", [None, 0.1, None, None], [2, 4], 2, id="most-without-a-score"),
+        pytest.param(1, "max", [0.1, math.nan, 0.0, 0.0], [1, 4], 1, id="not-a-number"),
+        pytest.param(1, "max", [0.1, 0.3, 0.3, 0.1], [3, 4], 3, id="the-later-of-two"),
     ],
 )
 def test_latest_and_best_are_kept(tmp_path, keep, best, scores, kept, best_step):
@@ -59,7 +64,7 @@ def test_latest_and_best_are_kept(tmp_path, keep, best, scores, kept, best_step)
         checkpoints.save(manager, step, state_of(step), score=score)
     manager.close()
     manager = checkpoints.open_checkpoints(tmp_path, keep=keep, best=best)
-    assert sorted(manager.all_steps()) == kept
+    assert manager.all_steps() == kept
     assert manager.best_step() == best_step
     equal(checkpoints.restore(manager, state_of(0), best_step).state, state_of(best_step))
 
@@ -98,3 +103,17 @@ def test_a_step_is_saved_once(tmp_path):
     checkpoints.save(manager, 2, state_of(0))
     with pytest.raises(ValueError, match="Step 2 is saved already"):
         checkpoints.save(manager, 2, state_of(1))
+
+
+def test_steps_are_saved_in_order(tmp_path):
+    manager = checkpoints.open_checkpoints(tmp_path)
+    checkpoints.save(manager, 2, state_of(0))
+    with pytest.raises(ValueError, match="Step 1 is older than step 2"):
+        checkpoints.save(manager, 1, state_of(1))
+
+
+def test_without_scores_the_latest_alone_are_kept(tmp_path):
+    manager = checkpoints.open_checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(manager, step, state_of(step))
+    assert (manager.all_steps(), manager.best_step()) == ([3, 4], None)
