@@ -1,8 +1,8 @@
 """The command line: ``python -m train CONFIG.yaml [section.key=value ...]``.
 
-Exit codes: 0, done; 2, the config, the data or the command line is wrong; 3, the loss or the
-gradient is not finite; 4, another process of the run is gone; 130 and 143, asked to stop by SIGINT
-or SIGTERM, after saving.
+Exit codes: 0, done; 1, a file could not be written, or a fault; 2, the config, the data or the
+command line is wrong; 3, the loss or the gradient is not finite; 4, another process of the run is
+gone; 130 and 143, asked to stop by SIGINT or SIGTERM, after saving.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 from . import supervisor
 from .cluster import is_told
-from .exit_codes import BAD_INPUT, INTERRUPTED, NOT_FINITE
+from .exit_codes import BAD_INPUT, FAILED, INTERRUPTED, NOT_FINITE
 
 EPILOG = """\
 Every setting is section.key, as in the YAML file, and can be given after it:
   python -m train configs/quickstart.yaml lora.rank=4 training.learning_rate=1e-3
 
-exit codes: 0 done; 2 wrong input; 3 loss or gradient not finite; 4 another process is gone;
-130, 143 stopped by SIGINT, SIGTERM, after saving: --resume goes on
+exit codes: 0 done; 1 not written, or a fault; 2 wrong input; 3 loss or gradient not finite;
+4 another process is gone; 130, 143 stopped by SIGINT, SIGTERM, after saving: --resume goes on
 """
 
 
@@ -97,6 +97,8 @@ def _outcome(options: argparse.Namespace) -> tuple[int, str]:
         return NOT_FINITE, f"error: {error}"
     except ValueError as error:
         return BAD_INPUT, f"error: {error}"
+    except OSError as error:
+        return FAILED, f"error: {error}. What was saved before is as it was; --resume goes on."
     except KeyboardInterrupt:
         return INTERRUPTED, "Interrupted. Add --resume to go on from the last checkpoint."
 

@@ -199,8 +199,9 @@ class TrainingSection(Section):
     """Steps between checkpoints; at every evaluation where it is left out. Also at the end."""
     log_every: Count = 10
     """Steps between two looks at the loss. Every step is logged, in groups of this many."""
-    keep: Count = 1
-    """How many of the latest checkpoints to keep; the best one is kept beside them."""
+    keep: Count = 2
+    """How many of the latest checkpoints to keep, the second for the case that the last one is
+    damaged; the best one is kept beside them."""
     best_metric: Metric | None = None
     """What makes a checkpoint the best: the highest, for `loss` and `perplexity` the lowest.
     Where it is left out, `accuracy` of a classifier and `loss` of a decoder."""

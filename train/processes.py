@@ -84,4 +84,6 @@ def _what_to_say(error: Exception) -> tuple[int, str]:
         return NOT_FINITE, f"error: {error}"
     if isinstance(error, ValueError):
         return BAD_INPUT, f"error: {error}"
+    if isinstance(error, OSError):
+        return FAILED, f"error: {error}"
     return FAILED, "".join(traceback.format_exception(error)).rstrip()

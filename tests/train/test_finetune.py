@@ -78,8 +78,8 @@ from train import cli, finetune
 
 step, log = int(sys.argv.pop()), finetune.log
 
-def log_and_die(run, figures, seconds):
-    log(run, figures, seconds)
+def log_and_die(run, figures, *more):
+    log(run, figures, *more)
     if figures[-1]["step"] == step:
         os.kill(os.getpid(), signal.SIGKILL)
 

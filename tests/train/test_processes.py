@@ -92,10 +92,10 @@ def test_a_run_that_is_killed_starts_again_by_itself(folder, whole):
     assert steps(folder) == whole
 
 
-def test_what_was_wrong_before_is_not_started_again(folder, capfd):
-    arguments = [str(folder / "run.yaml"), "training.batch_size=12", "--max-restarts=3"]
-    assert cli.main(arguments) == 2
-    assert capfd.readouterr().err.count("does not divide") == 1
+def test_what_is_wrong_with_the_config_is_not_tried_again(folder):
+    code, _, err = ended(start(folder, "training.batch_size=3", "--max-restarts=3"))
+    assert code == 2
+    assert err.count("does not divide") == 1
 
 
 @pytest.mark.parametrize(
