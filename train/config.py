@@ -302,6 +302,9 @@ class OutputSection(Section):
     """The run's directory: config, metrics, checkpoints, adapter and report."""
     on_existing: Literal["error", "resume", "overwrite"] = "error"
     """What to do if the directory holds a run; `--resume` and `--overwrite` say it as well."""
+    allow_changes: tuple[str, ...] = ()
+    """What may differ from the run that is gone on with, by the names that the refusal prints:
+    `training.learning_rate`, `data.train`, `model.weights`."""
     weights: Literal["last", "best"] = "last"
     """Which checkpoint becomes the adapter. The best is chosen on the rows it is reported on."""
 

@@ -74,9 +74,16 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
-        text = content.decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except (OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} is not UTF-8: line {line} holds the byte {content[error.start]:#04x}. Save it "
+            "as UTF-8, for instance with: iconv -f latin1 -t utf-8"
+        ) from None
     if not text:
         raise ValueError(f"{path} is empty.")
     return text

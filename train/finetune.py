@@ -25,6 +25,7 @@ from .batches import Batches
 from .config import Config, best_metric
 from .config_file import differences, from_plain
 from .console import Console
+from .identity import fingerprint_of_weights
 from .model import (
     load_model,
     make_eval_step,
@@ -61,6 +62,7 @@ class Run(NamedTuple):
     train_step: Callable[..., Any]
     predict: Callable[[Any], np.ndarray]
     complete: Callable[[Any, Any], list[str]]
+    weights: str
     directory: Path
     saved: Any
 
@@ -104,6 +106,7 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
     with where_weights_fit(mesh):
         model = load_model(config, len(sets.names) or None)
         frozen, trainable = split_model(model, config)
+    weights = fingerprint_of_weights(model.params)
     check_vocabulary((sets.train, sets.evaluation), model.config.vocab_size)
     task.write(sets, config, completion.make_check(model, config, sets.tokenizer), few=False)
     if model.new:
@@ -140,7 +143,7 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
     )
     complete = completion.make_complete(model, config, sets.tokenizer, console)
     fixed = (config, console, task, sets, plan, model, frozen, mesh, train_step, predict, complete)
-    return Run(*fixed, directory, saved), state
+    return Run(*fixed, weights, directory, saved), state
 
 
 def answer(run: Run, trainable: Any, *, few: bool) -> Answers:
@@ -166,10 +169,14 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
         step, state, notes = checkpoints.restore(run.saved, begin)
         changed = differences(from_plain(notes["config"]), run.config)
         changed += [
-            f"the {name} data: hash {notes['data'][name]} -> {found}"
+            f"{name}: hash {notes['hashes'][name]} -> {found}"
             for name, found in fingerprints(run).items()
-            if notes["data"][name] != found
+            if notes["hashes"][name] != found
         ]
+        allowed = [line for line in changed if named(line) in run.config.output.allow_changes]
+        changed = [line for line in changed if line not in allowed]
+        for line in allowed:
+            run.console.warn(f"changed, and allowed to: {line}")
         if step != last:
             run.console.warn(f"the checkpoint of step {last} is damaged: going back to {step}")
         run.console.say(f"resuming at step {step} of {run.plan.steps}")
@@ -177,7 +184,8 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
         raise ValueError(
             f"{run.directory} cannot be resumed: with these changes it would be another run.\n  "
             + "\n  ".join(changed)
-            + "\nUndo them, or start anew with --overwrite or another output.directory."
+            + "\nUndo them, start anew with --overwrite or another output.directory, or allow "
+            f"them: output.allow_changes=[{', '.join(map(named, changed))}]"
         )
     run_directory.write_config(run.config)
     run_directory.cut_rows(run.directory, step)
@@ -304,14 +312,20 @@ def evaluate(run: Run, step: int, outputs: np.ndarray) -> float:
 
 def save(run: Run, step: int, state: training.TrainState, score: float | None) -> None:
     """Saves a checkpoint, with what must be equal for a run to go on from it."""
-    notes = {"config": run.config.model_dump(mode="json"), "data": fingerprints(run)}
+    notes = {"config": run.config.model_dump(mode="json"), "hashes": fingerprints(run)}
     checkpoints.save(run.saved, step, state, notes=notes, score=score)
 
 
 def fingerprints(run: Run) -> dict[str, str]:
-    """A short hash of each set, to know it by when a run resumes."""
-    sets = {"training": run.sets.train, "evaluation": run.sets.evaluation}
-    return {name: run.task.fingerprint(encoded) for name, encoded in sets.items()}
+    """A short hash of each set and of the base model, to know them by when a run resumes."""
+    sets = {"data.train": run.sets.train, "data.validation": run.sets.evaluation}
+    found = {name: run.task.fingerprint(encoded) for name, encoded in sets.items()}
+    return found | {"model.weights": run.weights}
+
+
+def named(change: str) -> str:
+    """What a line of changes is about."""
+    return change.partition(":")[0]
 
 
 def finish(

@@ -222,8 +222,8 @@ def test_a_run_learns_to_write_and_leaves_what_it_promises(lm_folder, capsys):
 def test_stopped_and_resumed_equals_never_interrupted(lm_folder, monkeypatch):
     log = finetune.log
 
-    def log_and_stop(run, figures, seconds):
-        log(run, figures, seconds)
+    def log_and_stop(run, figures, *more):
+        log(run, figures, *more)
         if figures[-1]["step"] == 6:
             raise KeyboardInterrupt
 

@@ -9,12 +9,10 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import rich.console
 
-from lora_jax import training
 from train import cli, console, dry_run, evaluate, metrics, report
 
 
@@ -76,7 +74,7 @@ def test_options_may_stand_anywhere(folder):
 def test_the_schema_is_json(capsys):
     assert cli.main(["--schema"]) == 0
     assert set(json.loads(capsys.readouterr().out)["properties"]) == {
-        *("model", "lora", "data", "training", "evaluation", "output")
+        *("model", "lora", "data", "training", "mesh", "distributed", "evaluation", "output")
     }
 
 
@@ -105,14 +103,13 @@ def test_a_dry_run_says_what_would_run_without_weights_and_writes_nothing(
 
 def test_memory_is_a_line_through_two_batch_sizes(monkeypatch):
     monkeypatch.setattr(dry_run, "device_bytes", lambda: 1000)
-    mesh = training.make_mesh(devices=jax.devices()[:4])
     sizes = []
 
     def bytes_of(batch):
         sizes.append(batch)
         return {"arguments": 100, "temporary": 10 * batch, "total": 100 + 10 * batch}
 
-    plan = dry_run.memory_plan(bytes_of, 8, mesh)
+    plan = dry_run.memory_plan(bytes_of, 8, 4)
     assert sizes == [8, 16]
     assert plan["largest_batch"] == 88  # 100 + 10 * 90 = 1000, and 90 // 4 * 4 = 88
 

@@ -17,7 +17,8 @@ def section(path, **settings):
 
 
 def write(folder, name, text):
-    (folder / name).write_text(text, encoding="utf-8")
+    content = text if isinstance(text, bytes) else text.encode()
+    (folder / name).write_bytes(content)
     return folder / name
 
 
@@ -139,6 +140,13 @@ def test_a_validation_file_is_kept_whole_and_shares_the_class_names(tmp_path):
         ),
         pytest.param("r.json", "[3]", {}, "row 1 is int '3', not an object", id="json-of-numbers"),
         pytest.param("r.csv.gz", "a", {}, "cannot be read: Not a gzipped file", id="not-packed"),
+        pytest.param(
+            "r.csv",
+            b"text,label\na,1\n\xff,0\n",
+            {},
+            "not UTF-8: line 3 holds the byte 0xff",
+            id="latin-1",
+        ),
         pytest.param("r.csv", "text,text\na,b\n", {}, "same name", id="two-columns-of-one-name"),
         pytest.param(
             "r.csv",

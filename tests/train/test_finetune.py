@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from train import cli, config_file, evaluate, finetune
 from train.console import Console
@@ -138,8 +140,8 @@ def test_a_damaged_checkpoint_is_passed_over(folder, whole, capsys):
         pytest.param("lora.rank=3", "another state", id="rank"),
         pytest.param("training.learning_rate=1e-3", "0.01 -> 0.001", id="learning-rate"),
         pytest.param("training.steps=30", "training.steps: 20 -> 30", id="steps"),
-        pytest.param("data.holdout=50", "the training data: hash", id="another-split"),
-        pytest.param("data.train={other}", "the training data: hash", id="other-texts"),
+        pytest.param("data.holdout=50", "data.train: hash", id="another-split"),
+        pytest.param("data.train={other}", "data.train: hash", id="other-texts"),
     ],
 )
 def test_resume_refuses_another_run(folder, whole, capsys, change, difference):
@@ -149,6 +151,25 @@ def test_resume_refuses_another_run(folder, whole, capsys, change, difference):
     assert train(whole, change.format(other=other), "--resume") == 2
     assert difference in capsys.readouterr().err
     assert ((whole / "out" / "config.yaml").read_bytes(), rows(whole / "out")) == before
+
+
+def test_what_may_change_is_named(folder, whole, model_directory, capsys):
+    other = folder / "other-model"
+    shutil.copytree(model_directory, other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    weights[name][3, 4] = np.nextafter(weights[name][3, 4], 1)
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    shutil.copytree(whole / "out", folder / "out")
+    changes = ("training.learning_rate=1e-3", f"model.path={other}", "--resume")
+    assert train(folder, *changes, "output.allow_changes=[model.path]") == 2
+    said = capsys.readouterr().err
+    assert "model.weights: hash" in said
+    assert "output.allow_changes=[training.learning_rate, model.weights]" in said
+    allowed = "output.allow_changes=[model.path,training.learning_rate,model.weights]"
+    assert train(folder, *changes, allowed) == 0
+    assert "changed, and allowed to: training.learning_rate" in capsys.readouterr().out
 
 
 def test_a_finished_run_resumes_to_the_same_end(whole):

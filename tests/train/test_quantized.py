@@ -75,8 +75,8 @@ def test_its_losses_are_those_of_the_dequantised_base(whole, folder, decoder_dir
 def test_stopped_and_resumed_equals_never_interrupted(whole, folder, monkeypatch):
     log = finetune.log
 
-    def log_and_stop(run, figures, seconds):
-        log(run, figures, seconds)
+    def log_and_stop(run, figures, *more):
+        log(run, figures, *more)
         if figures[-1]["step"] == 6:
             raise KeyboardInterrupt
 
