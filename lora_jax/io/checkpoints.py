@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,14 @@ class Checkpoints(_steps.Steps):
     orbax: ocp.Checkpointer
 
     def close(self) -> None:
-        """Gives back what Orbax holds."""
+        """Gives back what Orbax holds; the end of a ``with`` does it too."""
         self.orbax.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def open_checkpoints(

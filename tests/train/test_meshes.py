@@ -29,10 +29,9 @@ def test_the_same_run(folder):
     found = {}
     for arguments in (
         ["mesh.fsdp=1"],
-        ["mesh.fsdp=8"],
-        ["mesh.fsdp=2", "mesh.tensor=2"],
+        ["mesh.fsdp=2", "mesh.tensor=2", "training.batch_size_per_device=4"],
+        ["mesh.fsdp=8", "training.batch_size=16"],
         ["training.accumulate=2"],
-        ["mesh.fsdp=4", "training.batch_size_per_device=2"],
     ):
         assert train(folder, "--overwrite", *arguments) == 0
         result = json.loads((folder / "out" / "result.json").read_text())

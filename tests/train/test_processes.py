@@ -12,8 +12,8 @@ from train import cli, cluster
 from train.config import DistributedSection
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")
-SLOW = "training.steps=200"  # long enough to be interrupted
-SHORT = ("training.log_every=1", "training.save_every=200", "training.evaluate_every=200")
+SLOW = "training.steps=120"  # long enough to be interrupted
+SHORT = ("training.log_every=1", "training.save_every=120", "training.evaluate_every=120")
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_a_run_goes_on_elsewhere_and_is_the_same_run(folder, whole):
     code, _, err = ended(one)
     assert code == 128 + signal.SIGTERM, err
     first = max(steps(folder))
-    assert f"saved at step {first} of 200" in err
+    assert f"saved at step {first} of 120" in err
     # Two processes of two devices; either's SIGINT stops both, at one step.
     two = start_two(folder, SLOW, *SHORT, "--resume")
     wait_for_step(folder, first + 20, *two)
@@ -46,17 +46,17 @@ def test_a_run_goes_on_elsewhere_and_is_the_same_run(folder, whole):
     (code, out, err), (other, quiet, other_err) = map(ended, two)
     assert (code, other) == (128 + signal.SIGTERM,) * 2, err + other_err
     second = max(steps(folder))
-    assert f"saved at step {second} of 200" in err
-    assert f"saved at step {second} of 200" in other_err
-    assert f"resuming at step {first} of 200" in out
+    assert f"saved at step {second} of 120" in err
+    assert f"saved at step {second} of 120" in other_err
+    assert f"resuming at step {first} of 120" in out
     assert "step" not in quiet
     # Four devices finish it.
     code, out, err = ended(start(folder, SLOW, *SHORT, "--resume", devices=4))
     assert code == 0, err
-    assert f"resuming at step {second} of 200" in out
+    assert f"resuming at step {second} of 120" in out
     assert (folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
     found = steps(folder)
-    assert list(found) == list(whole) == list(range(1, 201))
+    assert list(found) == list(whole) == list(range(1, 121))
     # The sums of float32 are taken in another order, and every update builds on the last.
     early = [step for step in whole if step <= second + 10]
     np.testing.assert_allclose(
@@ -82,7 +82,7 @@ def test_what_is_wrong_in_all_processes_is_said_by_each(folder):
 
 def test_a_run_that_is_killed_starts_again_by_itself(folder, whole):
     run = start(folder, SLOW, "training.log_every=1", "training.save_every=5",
-                "training.evaluate_every=200", "--max-restarts=1", devices=8)  # fmt: skip
+                "training.evaluate_every=120", "--max-restarts=1", devices=8)  # fmt: skip
     wait_for_step(folder, 12, run)
     os.kill(child_of(run), signal.SIGKILL)
     code, out, err = ended(run)
