@@ -14,6 +14,8 @@ from typing import Any
 EPILOG = """\
 Every setting is section.key, as in the YAML file, and can be given after it:
   python -m train configs/quickstart.yaml lora.rank=4 training.learning_rate=1e-3
+Several runs at once, one for each combination, in one program:
+  python -m train configs/quickstart.yaml sweep.learning_rate=[1e-4,1e-3] sweep.seed=[0,1]
 
 exit codes: 0 done; 2 wrong input; 3 loss or gradient not finite; 130 interrupted
 """
@@ -84,18 +86,24 @@ def _run(options: argparse.Namespace) -> int:
     config = load(options.config, [*options.overrides, *existing])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
 
+    from . import finetune, sweep
     from .console import Console
-    from .finetune import NotFiniteError, run
+    from .members import members, swept
 
     console = Console(stderr=options.json)
+    run = sweep.run if swept(config) else finetune.run
     if options.dry_run:
         from .dry_run import dry_run
 
+        if swept(config):
+            own = members(config)
+            console.say(f"a sweep of {len(own)} runs: what follows is of the first alone")
+            config = next(iter(own.values()))
         result: dict[str, Any] = dry_run(config, console)
     else:
         try:
             result = run(config, console)
-        except NotFiniteError as error:
+        except finetune.NotFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             return NOT_FINITE
     if options.json:

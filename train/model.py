@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,23 +97,37 @@ def make_train_step(
     smoothing: float,
 ) -> Any:
     """The jitted train step: `(state, frozen, batch) -> (state, metrics)`."""
+    return training.make_train_step(make_loss(task, model, mesh, smoothing), tx, mesh)
+
+
+def make_loss(
+    task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh, smoothing: float
+) -> Callable[..., jax.Array]:
+    """The loss of a batch while training: `(trainable, frozen, batch, keys) -> ()`."""
     adapted = adapt(model, mesh.size)
 
     def loss_fn(trainable: Any, frozen: Any, batch: Any, keys: training.StepKeys) -> jax.Array:
         params = lora_jax.combine(frozen, trainable, dropout_key=keys.lora)
         return task.loss(adapted, params, batch, smoothing, keys.model)
 
-    return training.make_train_step(loss_fn, tx, mesh)
+    return loss_fn
 
 
 def make_eval_step(task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh) -> Any:
     """The jitted eval step: `(trainable, frozen, batch) -> what the task keeps of each row`."""
+    return training.make_eval_step(make_outputs(task, model, mesh), mesh)
+
+
+def make_outputs(
+    task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh
+) -> Callable[..., jax.Array]:
+    """What the task keeps of each row: `(trainable, frozen, batch) -> (rows, n)`."""
     adapted = adapt(model, mesh.size)
 
     def outputs_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         return task.outputs(adapted, lora_jax.combine(frozen, trainable), batch)
 
-    return training.make_eval_step(outputs_fn, mesh)
+    return outputs_fn
 
 
 def adapt(model: models.Pretrained, devices: int = 1) -> Model:
