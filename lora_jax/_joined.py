@@ -24,6 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 BACKENDS = ("gpu",)
 
 _IN_AXES_ARE_WHOLE = contextvars.ContextVar("in_axes_are_whole", default=False)
+_APART = contextvars.ContextVar("apart", default=False)
 
 
 @contextlib.contextmanager
@@ -44,8 +45,20 @@ def in_axes_are_whole() -> bool:
     return _IN_AXES_ARE_WHOLE.get()
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """While it traces, nothing is joined: under a vmap over ``b`` alone each would copy ``w``."""
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
 def pays(rows: int, ins: int, outs: int) -> bool:
     """Whether copying ``(rows, ins)`` and ``(ins, outs)`` is less work than ``(rows, outs)``."""
+    if _APART.get():
+        return False
     return jax.default_backend() in BACKENDS and ins * (rows + outs) < rows * outs
 
 

@@ -19,6 +19,8 @@ from .exit_codes import BAD_INPUT, FAILED, INTERRUPTED, NOT_FINITE
 EPILOG = """\
 Every setting is section.key, as in the YAML file, and can be given after it:
   python -m train configs/quickstart.yaml lora.rank=4 training.learning_rate=1e-3
+Several runs at once, one for each combination, in one program:
+  python -m train configs/quickstart.yaml sweep.learning_rate=[1e-4,1e-3] sweep.seed=[0,1]
 
 exit codes: 0 done; 1 not written, or a fault; 2 wrong input; 3 loss or gradient not finite;
 4 another process is gone; 130, 143 stopped by SIGINT, SIGTERM, after saving: --resume goes on
@@ -109,6 +111,8 @@ def _run(options: argparse.Namespace) -> int:
     from .console import Console
     from .dry_run import dry_run
     from .finetune import run
+    from .members import members, swept
+    from .sweep import run as run_sweep
 
     if options.config is None:
         raise ValueError("give a config file: python -m train CONFIG.yaml (or --help)")
@@ -118,7 +122,14 @@ def _run(options: argparse.Namespace) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
     processes.start(config.distributed)
     console = Console(stderr=options.json, quiet=not processes.is_first())
-    result = dry_run(config, console) if options.dry_run else run(config, console)
+    do = run_sweep if swept(config) else run
+    if options.dry_run:
+        if swept(config):
+            own = members(config)
+            console.say(f"a sweep of {len(own)} runs: what follows is of the first alone")
+            config = next(iter(own.values()))
+        do = dry_run
+    result = do(config, console)
     if options.json and processes.is_first():
         print(json.dumps(result))
     return 0

@@ -309,6 +309,46 @@ class OutputSection(Section):
     """Which checkpoint becomes the adapter. The best is chosen on the rows it is reported on."""
 
 
+SWEPT = {
+    "learning_rate": "training",
+    "seed": "training",
+    "weight_decay": "training",
+    "rank": "lora",
+    "alpha": "lora",
+}
+"""What can be swept -> the section that it belongs to."""
+
+
+class SweepSection(Section):
+    """What differs between runs that train at once in one program; see `sweep`.
+
+    A list of values each, in the place of that of the section `training` or `lora`. There is a
+    run for every combination.
+    """
+
+    learning_rate: tuple[Positive, ...] = ()
+    """Of `training`."""
+    seed: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
+    """Of `training`."""
+    weight_decay: tuple[NotNegative, ...] = ()
+    """Of `training`."""
+    rank: tuple[Count, ...] = ()
+    """Of `lora`. Smaller ranks take the memory of the largest."""
+    alpha: tuple[Positive, ...] = ()
+    """Of `lora`."""
+
+    at_once: Count | None = None
+    """How many members are computed at once, in one program in any case. Where it is left out, all
+    on an accelerator, which a single one would not fill, and one on a CPU, which it does."""
+
+    @field_validator(*SWEPT)
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("give each value once")
+        return values
+
+
 class Config(Section):
     """A run's settings, section by section."""
 
@@ -320,6 +360,7 @@ class Config(Section):
     distributed: DistributedSection = Field(default_factory=DistributedSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     output: OutputSection
+    sweep: SweepSection = Field(default_factory=SweepSection)
 
     @model_validator(mode="after")
     def _one_task(self):

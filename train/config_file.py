@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from .config import PATHS, Config
+from .config import PATHS, SWEPT, Config
 from .yaml_loader import Document, KeyPath, Problem, override, place_of, read
 
 FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".gz", ".gguf")
@@ -150,6 +150,8 @@ def _unknown_key(path: KeyPath) -> str:
     fields: Any = Config.model_fields
     sections = {name: list(field.annotation.model_fields) for name, field in fields.items()}
     known = list(sections) if len(path) == 1 else sections.get(path[0], [])
+    if path[0] == "sweep":
+        return f"cannot be swept; what can be: {', '.join(SWEPT)}"
     if hint := _nearest(path[-1], known, prefix=path[:-1]):
         return f"unknown key{hint}"
     for name, keys in sections.items():

@@ -90,7 +90,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         state = checkpoints.restore(run.saved, state, run.saved.best_step()).state
     run.saved.close()
     after = answer(run, state.trainable, few=False)
-    return finish(run, state, before, after, started)
+    result = finish(run, state, before, after, started)
+    console.table(f"Finished: {run.directory}", report.headline(result))
+    return result
 
 
 def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]:
@@ -148,12 +150,16 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
 
 def answer(run: Run, trainable: Any, *, few: bool) -> Answers:
     """What the model says of the evaluation rows, and what it writes."""
+    return Answers(run.predict(trainable), write(run, trainable, few=few))
+
+
+def write(run: Run, trainable: Any, *, few: bool) -> tuple[str, ...]:
+    """What the model writes, if the task asks it to."""
 
     def complete(prompts: Any) -> list[str]:
         return run.complete(lora_jax.combine(run.frozen, trainable), prompts)
 
-    texts = run.task.write(run.sets, run.config, complete, few=few)
-    return Answers(run.predict(trainable), texts)
+    return run.task.write(run.sets, run.config, complete, few=few)
 
 
 def resume(run: Run, begin: training.TrainState) -> training.TrainState:
@@ -195,16 +201,7 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
 def train(run: Run, state: training.TrainState) -> training.TrainState:
     """The loop: a step, and now and then a look at the loss, an evaluation, a checkpoint."""
     section, plan = run.config.training, run.plan
-    batches = Batches(
-        run.sets.train,
-        section.batch_size,
-        section.seed,
-        run.task.make_order,
-        own=training.own_rows(section.batch_size, run.mesh),
-        group_by_length=section.group_by_length,
-    )
-    schedule = learning_rate_schedule(section, plan.steps)
-    rates = jax.device_get(jax.vmap(schedule)(np.arange(plan.steps)))
+    batches, rates = make_batches(run), make_rates(run)
     first, pending, since = int(state.step) + 1, [], clock(run.console)
     showing = run.console.progress(first - 1, plan.steps)
     with showing, stopping.noted() as asked, jax.transfer_guard("disallow"):
@@ -231,6 +228,25 @@ def train(run: Run, state: training.TrainState) -> training.TrainState:
     return state
 
 
+def make_batches(run: Run) -> Batches:
+    """The batches of training."""
+    section = run.config.training
+    return Batches(
+        run.sets.train,
+        section.batch_size,
+        section.seed,
+        run.task.make_order,
+        own=training.own_rows(section.batch_size, run.mesh),
+        group_by_length=section.group_by_length,
+    )
+
+
+def make_rates(run: Run) -> np.ndarray:
+    """The learning rate of each step: ``(steps,)``."""
+    schedule = learning_rate_schedule(run.config.training, run.plan.steps)
+    return jax.device_get(jax.vmap(schedule)(np.arange(run.plan.steps)))
+
+
 def clock(console: Console) -> float:
     """Seconds on a clock that stands while anything compiles."""
     return time.perf_counter() - console.compile_seconds
@@ -248,20 +264,7 @@ def log(run: Run, figures: list[dict[str, Any]], seconds: float, gone: int = 0) 
     Raises:
         NotFiniteError: A loss or a gradient is not finite, and it is one too many.
     """
-    rows = [
-        {
-            "step": row["step"],
-            "epoch": round(row["step"] / run.plan.epoch, 4),
-            "loss": float(row["loss"]),
-            "grad_norm": float(row["grad_norm"]),
-            "learning_rate": float(row["learning_rate"]),
-            "tokens": row["tokens"],
-            "seconds": seconds,
-        }
-        | ({} if is_finite(row) else {"rows": row["rows"].tolist()})
-        for row in figures
-    ]
-    run_directory.append_rows(run.directory, rows)
+    rows = write_rows(run, figures, seconds)
     for row in rows:
         if is_finite(row):
             continue
@@ -280,6 +283,25 @@ def log(run: Run, figures: list[dict[str, Any]], seconds: float, gone: int = 0) 
         tokens_per_second=sum(row["tokens"] for row in rows) / (seconds * len(rows)),
         seconds_left=seconds * (run.plan.steps - rows[-1]["step"]),
     )
+
+
+def write_rows(run: Run, figures: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Adds the figures of some steps to the metrics."""
+    rows = [
+        {
+            "step": row["step"],
+            "epoch": round(row["step"] / run.plan.epoch, 4),
+            "loss": float(row["loss"]),
+            "grad_norm": float(row["grad_norm"]),
+            "learning_rate": float(row["learning_rate"]),
+            "tokens": row["tokens"],
+            "seconds": seconds,
+        }
+        | ({} if is_finite(row) else {"rows": row["rows"].tolist()})
+        for row in figures
+    ]
+    run_directory.append_rows(run.directory, rows)
+    return rows
 
 
 def is_finite(row: dict[str, Any]) -> bool:
@@ -356,5 +378,4 @@ def finish(
     run_directory.write_json(directory / run_directory.RESULT, result)
     report.write(directory, run.config, result, rows, summary, sets, before, after)
     processes.wait_for_all("the run is finished")
-    run.console.table(f"Finished: {directory}", report.headline(result))
     return result

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -136,13 +137,21 @@ def make_train_step(
     placement: training.Placement | None = None,
 ) -> Any:
     """The jitted train step: `(state, frozen, batch) -> (state, metrics)`."""
+    loss_fn = make_loss(task, model, mesh, smoothing)
+    return training.make_train_step(loss_fn, tx, mesh, placement=placement, accumulate=accumulate)
+
+
+def make_loss(
+    task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh, smoothing: float
+) -> Callable[..., Any]:
+    """The loss of a batch while training: `(trainable, frozen, batch, keys) -> (sum, weight)`."""
     adapted = adapt(model, training.batch_shards(mesh))
 
     def loss_fn(trainable: Any, frozen: Any, batch: Any, keys: training.StepKeys) -> Any:
         params = lora_jax.combine(frozen, trainable, dropout_key=keys.lora)
         return task.loss(adapted, params, batch, smoothing, keys.model)
 
-    return training.make_train_step(loss_fn, tx, mesh, placement=placement, accumulate=accumulate)
+    return loss_fn
 
 
 def make_eval_step(
@@ -152,12 +161,20 @@ def make_eval_step(
     placement: training.Placement | None = None,
 ) -> Any:
     """The jitted eval step: `(trainable, frozen, batch) -> what the task keeps of each row`."""
+    outputs_fn = make_outputs(task, model, mesh)
+    return training.make_eval_step(outputs_fn, mesh, placement=placement)
+
+
+def make_outputs(
+    task: Task, model: models.Pretrained, mesh: jax.sharding.Mesh
+) -> Callable[..., jax.Array]:
+    """What the task keeps of each row: `(trainable, frozen, batch) -> (rows, n)`."""
     adapted = adapt(model, training.batch_shards(mesh))
 
     def outputs_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         return task.outputs(adapted, lora_jax.combine(frozen, trainable), batch)
 
-    return training.make_eval_step(outputs_fn, mesh, placement=placement)
+    return outputs_fn
 
 
 def adapt(model: models.Pretrained, devices: int = 1) -> Model:

@@ -17,7 +17,7 @@ def compiled_once(step: Any, name: str, console: Console) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         shape = arguments[-1]["input_ids"].shape
         if shape not in programs:
-            with console.compiling(f"{name}, {shape[0]} x {shape[1]} tokens"):
+            with console.compiling(f"{name}, {' x '.join(map(str, shape))} tokens"):
                 programs[shape] = step.lower(*arguments).compile()
         return programs[shape](*arguments)
 

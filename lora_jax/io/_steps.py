@@ -84,6 +84,11 @@ class Steps:
                 self.set_aside(step)
         self.sweep()
 
+    def delete(self, step: int) -> None:
+        """Deletes a step."""
+        self.path(step).rename(self._renamed(step, "deleted"))
+        self.sweep()
+
     def set_aside(self, step: int) -> None:
         """Takes a damaged step off the list, so that it is not kept in place of a good one."""
         aside = self._renamed(step, "damaged")

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
 from lora_jax._config import Layout
@@ -115,6 +115,21 @@ class Pretrained:
                 it the gradient of a narrower dtype.
         """
         return adapt(self.module.apply)({"params": params}, hidden, dtype, method="logits")
+
+    def redrawn(self, key: jax.Array) -> "Pretrained":
+        """The same model with what the checkpoint lacked drawn from another key.
+
+        All other weights are the same arrays.
+
+        Args:
+            key: As `from_pretrained` takes it.
+        """
+        if not self.new:
+            return self
+        leaves: dict[str, Any] = dict(flatten_dict(self.params, sep="/"))
+        std = self.config.initializer_range
+        drawn = {path: fresh_weight(path, leaves[path], key, std) for path in self.new}
+        return dataclasses.replace(self, params=unflatten_dict(leaves | drawn, sep="/"))
 
     def head(self, params: Any) -> Any:
         """The weights that `logits` reads, plain, quantised or combined as they are."""

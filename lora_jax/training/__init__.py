@@ -32,3 +32,11 @@ from ._steps import (
     make_train_step as make_train_step,
     step_keys as step_keys,
 )
+from ._sweep import (
+    SweepState as SweepState,
+    make_sweep_eval_step as make_sweep_eval_step,
+    make_sweep_train_step as make_sweep_train_step,
+    member_state as member_state,
+    shard_batches as shard_batches,
+    stack_states as stack_states,
+)

@@ -74,7 +74,8 @@ def test_options_may_stand_anywhere(folder):
 def test_the_schema_is_json(capsys):
     assert cli.main(["--schema"]) == 0
     assert set(json.loads(capsys.readouterr().out)["properties"]) == {
-        *("model", "lora", "data", "training", "mesh", "distributed", "evaluation", "output")
+        *("model", "lora", "data", "training", "mesh", "distributed", "evaluation", "output"),
+        "sweep",
     }
 
 

@@ -136,7 +136,7 @@ trainng:
         "command line, 'training.schedule=cosin': training.schedule: must be 'cosine', "
         "'linear' or 'constant', got str 'cosin'; did you mean 'cosine'?",
         "run.yaml:1: output: is required: the section 'output', with directory, on_existing, "
-        "weights",
+        "allow_changes, weights",
         "run.yaml:13: trainng: unknown key; did you mean 'training'?",
     ]
 
