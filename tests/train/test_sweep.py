@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lora_jax.io import checkpoints
@@ -24,9 +25,10 @@ def rows(directory):
 
 
 def stored(directory):
-    manager = checkpoints.open_checkpoints(directory / "checkpoints")
-    state = manager.restore(manager.latest_step())["state"]
-    manager.close()
+    with checkpoints.open_checkpoints(directory / "checkpoints") as opened:
+        last = opened.path(opened.latest_step())
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore(last / "state")
     return {path: np.asarray(array) for path, array in state.items()}
 
 
