@@ -43,7 +43,7 @@ def nf4_model(case: Case, device: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPE,
     )
-    place = {"": 0 if device == "cuda" else device}
+    place = {"": torch.cuda.current_device() if device == "cuda" else device}
     with zeros(case) as directory:
         model = HEADS[case.shape.task].from_pretrained(
             directory, quantization_config=quantization, device_map=place, dtype=DTYPE

@@ -47,14 +47,19 @@ SETTINGS: Mapping[str, Settings] = {
 def measure(job: Job) -> dict[str, Any]:
     """All figures of the contender that the job names."""
     settings = SETTINGS[job.contender]
-    names = ["peft", "transformers"] + (["liger-kernel"] if settings.liger else [])
-    names += ["bitsandbytes"] if job.work.scheme else []
     return measure_step(
         job,
         lambda device: make_model(job.work, settings, device),
-        {name: version(name) for name in names},
+        versions_of(job.work, settings),
         autocast=settings.autocast,
     )
+
+
+def versions_of(case: Case, settings: Settings) -> dict[str, str]:
+    """The versions of what a model is made with."""
+    names = ["peft", "transformers"] + (["liger-kernel"] if settings.liger else [])
+    names += ["bitsandbytes"] if case.scheme else []
+    return {name: version(name) for name in names}
 
 
 def make_model(case: Case, settings: Settings, device: str) -> Any:

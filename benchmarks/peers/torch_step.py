@@ -15,7 +15,13 @@ from benchmarks.stopwatch import Stopwatch
 
 
 def measure(
-    job: Job, make_model: Callable[[str], Any], versions: dict[str, str], *, autocast: bool = False
+    job: Job,
+    make_model: Callable[[str], Any],
+    versions: dict[str, str],
+    *,
+    autocast: bool = False,
+    rows: slice = slice(None),
+    passes: int = 1,
 ) -> dict[str, Any]:
     """All figures of a step.
 
@@ -24,6 +30,8 @@ def measure(
         make_model: Makes the adapted model on a device, by name.
         versions: Of the packages that matter, for the record.
         autocast: Whether the forward pass runs under bfloat16 autocast.
+        rows: Of each batch, those that this process takes.
+        passes: Into how many its rows are taken apart, one after the other.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -35,14 +43,14 @@ def measure(
     optimizer = torch.optim.AdamW(
         trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=device == "cuda"
     )
-    data = [_on_device(batch, device) for batch in batches(job.work)]
+    data = [_on_device(batch, device, rows) for batch in batches(job.work)]
     figures: dict[str, Any] = {"trained": sum(weight.numel() for weight in trained)}
     figures |= {"setup_peak_bytes": _peak(device), "setup_seconds": stopwatch.lap()}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     print("running", file=sys.stderr, flush=True)
-    advance = stepper(model, optimizer, data, device if autocast else None)
+    advance = stepper(model, optimizer, data, device if autocast else None, passes)
     figures |= timed_steps(job, advance, lambda loss: loss.item())
     figures["first_step_seconds"] = figures["first_run_seconds"]
     figures |= {"peak_bytes": _peak(device), "device": _name(device)}
@@ -50,25 +58,35 @@ def measure(
 
 
 def stepper(
-    model: Any, optimizer: torch.optim.Optimizer, data: list, autocast: str | None
+    model: Any, optimizer: torch.optim.Optimizer, data: list, autocast: str | None, passes: int
 ) -> Callable[[], torch.Tensor]:
-    """A function that takes one step further each time, and gives the loss."""
+    """A function that takes one step further each time, and gives the loss.
+
+    Gradients of several processes are summed in the last pass alone, as trainers do it.
+    """
     coming = endless(data)
 
-    def advance() -> torch.Tensor:
+    def gradient(part: dict[str, torch.Tensor], *, alone: bool) -> torch.Tensor:
         context = torch.autocast(autocast, torch.bfloat16) if autocast else contextlib.nullcontext()
-        with context:
-            loss = model(**next(coming)).loss
-        loss.backward()
+        with model.no_sync() if alone else contextlib.nullcontext():
+            with context:
+                loss = model(**part).loss / passes
+            loss.backward()
+        return loss.detach()
+
+    def advance() -> torch.Tensor:
+        whole = {name: rows.chunk(passes) for name, rows in next(coming).items()}
+        parts = [dict(zip(whole, part, strict=True)) for part in zip(*whole.values(), strict=True)]
+        losses = [gradient(part, alone=part is not parts[-1]) for part in parts]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return sum(losses)
 
     return advance
 
 
-def _on_device(batch: dict[str, Any], device: str) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array).long().to(device) for name, array in batch.items()}
+def _on_device(batch: dict[str, Any], device: str, rows: slice) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array[rows]).long().to(device) for name, array in batch.items()}
 
 
 def _peak(device: str) -> int | None:

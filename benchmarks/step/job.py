@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Self
 
 from .cases import CASES, Case
 
@@ -44,7 +44,12 @@ class Job:
         """The case itself."""
         return CASES[self.case]
 
-    def replace(self, **changes: Any) -> "Job":
+    @property
+    def title(self) -> str:
+        """What the log calls it."""
+        return f"{self.case}, {self.contender}"
+
+    def replace(self, **changes: Any) -> Self:
         """Another job, these fields changed."""
         return dataclasses.replace(self, **changes)
 

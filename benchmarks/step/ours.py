@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,15 @@ def planned(compiled: Any) -> dict[str, int]:
     return parts | {"total": held + parts["temporaries"]}
 
 
-def peak_bytes() -> int | None:
-    """The most bytes that the device has held since the process began; None if it cannot tell."""
-    stats = jax.devices()[0].memory_stats()
-    return None if not stats else stats.get("peak_bytes_in_use")
+def peak_bytes(devices: Sequence[Any] | None = None) -> int | None:
+    """The most bytes that a device has held since the process began; None if none can tell.
+
+    Args:
+        devices: Which; the first one if None.
+    """
+    stats = [device.memory_stats() or {} for device in devices or jax.devices()[:1]]
+    found = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
+    return max(found, default=None)
 
 
 def machine(*, matmul: bool) -> dict[str, Any]:

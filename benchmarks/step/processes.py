@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .contenders import OURS
 from .job import Job
@@ -24,12 +25,29 @@ NAMED = "--xla_gpu_enable_command_buffer="
 
 
 def run(job: Job, limit: float, log: Path) -> dict[str, Any]:
-    """The outcome of a job, whatever becomes of its process.
+    """The outcome of a job.
 
     Args:
         job: What to measure.
         limit: Seconds until it is ended.
         log: Where what it prints is added.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        variables = environment(job, Path(scratch))
+        return outcome("benchmarks.step.worker", job, limit, log, variables)
+
+
+def outcome(
+    worker: str, job: Job, limit: float, log: Path, variables: Mapping[str, str]
+) -> dict[str, Any]:
+    """The outcome of a job, whatever becomes of its process.
+
+    Args:
+        worker: The module that it runs, with the job as its argument.
+        job: What to measure.
+        limit: Seconds until it is ended.
+        log: Where what it prints is added.
+        variables: Of its environment.
 
     Returns:
         ``status`` (``"measured"``, ``"failed"``, ``"late"`` or ``"not run"``), and the figures or
@@ -37,20 +55,15 @@ def run(job: Job, limit: float, log: Path) -> dict[str, Any]:
     """
     if limit < LEAST:
         return {"status": "not run", "why": "the time was up"}
-    with tempfile.TemporaryDirectory() as scratch, log.open("a") as errors:
-        errors.write(f"\n== {job.case}, {job.contender}\n")
+    with log.open("a") as errors, tempfile.TemporaryFile("w+") as results:
+        errors.write(f"\n== {job.title}\n")
         errors.flush()
-        return _process(job, limit, Path(scratch), errors)
-
-
-def _process(job: Job, limit: float, scratch: Path, errors: IO[str]) -> dict[str, Any]:
-    with tempfile.TemporaryFile("w+") as results:
         process = subprocess.Popen(
-            (sys.executable, "-m", "benchmarks.step.worker", json.dumps(job.fields())),
+            (sys.executable, "-m", worker, json.dumps(job.fields())),
             stdout=results,
             stderr=errors,
             cwd=ROOT,
-            env=environment(job, scratch),
+            env=variables,
             start_new_session=True,
         )
         try:
@@ -73,7 +86,7 @@ def environment(job: Job, scratch: Path) -> dict[str, str]:
         job: The job.
         scratch: Where it may write what nobody needs.
     """
-    found = OFFLINE | AS_NEEDED | os.environ
+    found = common()
     if job.contender != OURS:
         return found | {"UNSLOTH_COMPILE_LOCATION": str(scratch / "unsloth")}
     if job.profile:
@@ -81,6 +94,11 @@ def environment(job: Job, scratch: Path) -> dict[str, str]:
         only = "--xla_dump_hlo_module_re=train_step"
         found["XLA_FLAGS"] = " ".join((found.get("XLA_FLAGS", ""), dump, only, NAMED)).strip()
     return found
+
+
+def common() -> dict[str, str]:
+    """The variables of every process."""
+    return OFFLINE | AS_NEEDED | os.environ
 
 
 def _end(process: subprocess.Popen) -> None:

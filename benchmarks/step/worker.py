@@ -9,16 +9,24 @@ import math
 import os
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from .contenders import CONTENDERS
 from .job import Job, read
 
+AnyJob = TypeVar("AnyJob", bound=Job)
 
-def outcome(job: Job) -> dict[str, Any]:
+
+def measure(job: Job) -> dict[str, Any]:
+    """The figures of a job."""
+    return importlib.import_module(CONTENDERS[job.contender].module).measure(job)
+
+
+def outcome(job: AnyJob, measure: Callable[[AnyJob], dict[str, Any]] = measure) -> dict[str, Any]:
     """The figures of a job, or why there are none."""
     try:
-        figures = importlib.import_module(CONTENDERS[job.contender].module).measure(job)
+        figures = measure(job)
     except Exception as error:
         traceback.print_exc()
         said = str(error).strip().splitlines() or [""]
@@ -28,13 +36,13 @@ def outcome(job: Job) -> dict[str, Any]:
     return {"status": "measured"} | figures
 
 
-def main(text: str) -> None:
+def answer(outcome: Callable[[], dict[str, Any]]) -> None:
     """Measures, with what libraries print kept out of the result."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    results.write(json.dumps(outcome(read(text))) + "\n")
+    results.write(json.dumps(outcome()) + "\n")
     results.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    answer(lambda: outcome(read(sys.argv[1])))
