@@ -41,6 +41,10 @@ RULES: Rules = MappingProxyType(
 )
 """The first pattern to match a path decides."""
 
+GATHERED_ONCE = "[^/]*embed[^/]*|wte|wpe|lm_head"
+"""Weights that a step gathers once: tables that are read at both ends, and in every chunk of a loss
+(`lora_jax.ops.sum_in_chunks`), where each reading would gather them again."""
+
 
 class Whole(NamedTuple):
     """A weight that stands whole on every device of a mesh axis that was to cut it.
@@ -125,28 +129,33 @@ def placements(
 def gathered_later(frozen: Any, placement: Placement) -> Any:
     """The frozen half, gathered over ``fsdp`` only where an adapted function reads a weight.
 
+    Tables (`GATHERED_ONCE`) are gathered for all of the step.
+
     Args:
         frozen: Arrays, inside a jitted function over the mesh.
         placement: Where they are.
     """
     leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
     places, _ = flatten(placement.frozen, is_leaf=lambda leaf: leaf is None)
-    return treedef.unflatten(
-        gather_later(leaf, places[path], "fsdp", placement.layouts[path])
-        if path in placement.layouts and leaf is not None
-        else leaf
-        for path, leaf in leaves.items()
-    )
+
+    def gathered(path: str, leaf: Any) -> Any:
+        if leaf is None or path not in placement.layouts:
+            return leaf
+        if matches(GATHERED_ONCE, path):
+            return gathered_now(leaf, places[path])
+        return gather_later(leaf, places[path], "fsdp", placement.layouts[path])
+
+    return treedef.unflatten(gathered(path, leaf) for path, leaf in leaves.items())
 
 
-def gathered_now(trainable: Any, placement: Placement) -> Any:
-    """The trainable half gathered over ``fsdp``: all factors together are small."""
+def gathered_now(tree: Any, places: Any) -> Any:
+    """A tree gathered over ``fsdp``, from where it is: factors, which are small, and tables."""
 
     def without(place: NamedSharding) -> NamedSharding:
         kept = (None if name == "fsdp" else name for name in place.spec)
         return NamedSharding(place.mesh, PartitionSpec(*kept))
 
-    return jax.lax.with_sharding_constraint(trainable, jax.tree.map(without, placement.trainable))
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(without, places))
 
 
 def state_placement(state: Any, tx: optax.GradientTransformation, placement: Placement) -> Any:

@@ -164,7 +164,8 @@ def _as_read(trainable: Any, frozen: Any, placement: Placement | None) -> tuple[
     """Both halves as a function over the mesh reads them."""
     if placement is None:
         return trainable, frozen
-    return gathered_now(trainable, placement), gathered_later(frozen, placement)
+    trainable = gathered_now(trainable, placement.trainable)
+    return trainable, gathered_later(frozen, placement)
 
 
 def advanced(

@@ -168,6 +168,8 @@ def test_fsdp_gathers_weights_and_nothing_of_a_batch(base):
     assert gathered <= 2 * held + 2 * table + factors
     activations = f"f32[{BATCH},{LENGTH},"
     assert activations not in text
+    # The table, read at both ends, is gathered once.
+    assert sum(count == WORDS * WIDTH * 4 for _, count in moved(text)) == 1
 
 
 def test_a_device_holds_its_part():
