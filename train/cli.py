@@ -42,13 +42,24 @@ def main(arguments: Sequence[str]) -> int:
 
         print(json.dumps(Config.model_json_schema(), indent=2))
         return 0
-    several = is_told(options.overrides, os.environ)
+    several = is_told(options.config, options.overrides, os.environ)
     if (several or options.max_restarts) and supervisor.WATCHED not in os.environ:
         return supervisor.supervise(arguments, options.max_restarts, several=several)
     code, message = _outcome(options)
     if message:
         print(message, file=sys.stderr)
     return code
+
+
+def restarts(text: str) -> int:
+    """A number of restarts.
+
+    Raises:
+        ValueError: It is none, or below 0.
+    """
+    if (number := int(text)) < 0:
+        raise ValueError(f"{number} is below 0")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         help="check all of it and show what would run: settings, weights, an example, memory",
     )
     top.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N",
+        "--max-restarts", type=restarts, default=0, metavar="N",
         help="after a crash go on from the last checkpoint, at most so often (%(default)s)",
     )  # fmt: skip
     top.add_argument("--json", action="store_true", help="print the result as JSON, and only it")

@@ -5,7 +5,9 @@ environment  COORDINATOR_ADDRESS, PROCESS_ID (or the index of a Kubernetes job) 
 cluster      SLURM and Open MPI, which `jax.distributed` reads itself
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 NAMES = {
@@ -69,9 +71,11 @@ def group_of(section: Section, environment: Mapping[str, str]) -> Group | None:
     return Group() if _is_sized(environment) else None
 
 
-def is_told(overrides: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether anything says so, before the config is read."""
+def is_told(config: str | None, overrides: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether anything says so, before the config is understood."""
     said = any(override.startswith("distributed.") for override in overrides)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        said |= "\ndistributed:" in Path(config or "").read_text(encoding="utf-8")
     return said or _is_sized(environment) or any(n in environment for n in NAMES["coordinator"])
 
 

@@ -99,7 +99,7 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
     """Everything before the first step. Nothing is written until all of it has been checked."""
     resuming = run_directory.check_directory(config)
     mesh = make_mesh(config)
-    config = sized(config, mesh)
+    config = sized(config, mesh, run_directory.batch_size_before(config) if resuming else None)
     task = task_of(config)
     sets = task.load_sets(config)
     plan = make_plan(config, len(sets.train.sizes))
@@ -136,7 +136,9 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
         rows = section.batch_size // section.accumulate
         return predictions(call, sets.evaluation, rows, training.own_rows(rows, mesh))
 
-    processes.wait_for_all("all is checked")
+    alike = {"the config": run_directory.comparable(config), "the base model": weights}
+    alike |= {f"the {name} rows": task.fingerprint(own) for name, own in sets_by_name(sets).items()}
+    processes.check_alike(alike | {"whether it resumes": str(resuming)})
     directory = run_directory.start_directory(config, resuming)
     saved = checkpoints.open_checkpoints(
         directory / run_directory.CHECKPOINTS,
@@ -169,33 +171,46 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
         ValueError: The checkpoint is of another config or other data, or none of them is whole;
             the message says which.
     """
-    state, step, changed = begin, -1, []
+    state, step = begin, -1
     last = run.saved.latest_step()
     if last is not None:
-        step, state, notes = checkpoints.restore(run.saved, begin)
-        changed = differences(from_plain(notes["config"]), run.config)
-        changed += [
-            f"{name}: hash {notes['hashes'][name]} -> {found}"
-            for name, found in fingerprints(run).items()
-            if notes["hashes"][name] != found
-        ]
-        allowed = [line for line in changed if named(line) in run.config.output.allow_changes]
-        changed = [line for line in changed if line not in allowed]
-        for line in allowed:
-            run.console.warn(f"changed, and allowed to: {line}")
+        if (notes := run.saved.last_notes()) is not None:
+            check_unchanged(run, notes)
+        step, state, _ = checkpoints.restore(run.saved, begin)
         if step != last:
             run.console.warn(f"the checkpoint of step {last} is damaged: going back to {step}")
         run.console.say(f"resuming at step {step} of {run.plan.steps}")
-    if changed:
+    run_directory.write_config(run.config)
+    run_directory.cut_rows(run.directory, step)
+    return state
+
+
+def check_unchanged(run: Run, notes: dict[str, Any]) -> None:
+    """Refuses to go on with another run.
+
+    Args:
+        run: The run.
+        notes: Those of the last checkpoint.
+
+    Raises:
+        ValueError: Names all that differ and may not.
+    """
+    changed = differences(from_plain(notes["config"]), run.config)
+    changed += [
+        f"{name}: hash {notes['hashes'][name]} -> {found}"
+        for name, found in fingerprints(run).items()
+        if notes["hashes"][name] != found
+    ]
+    allowed = [line for line in changed if named(line) in run.config.output.allow_changes]
+    for line in allowed:
+        run.console.warn(f"changed, and allowed to: {line}")
+    if changed := [line for line in changed if line not in allowed]:
         raise ValueError(
             f"{run.directory} cannot be resumed: with these changes it would be another run.\n  "
             + "\n  ".join(changed)
             + "\nUndo them, start anew with --overwrite or another output.directory, or allow "
             f"them: output.allow_changes=[{', '.join(map(named, changed))}]"
         )
-    run_directory.write_config(run.config)
-    run_directory.cut_rows(run.directory, step)
-    return state
 
 
 def train(run: Run, state: training.TrainState) -> training.TrainState:
@@ -316,8 +331,8 @@ def stopped(run: Run, row: dict[str, Any]) -> str:
     message = (
         f"Stopped at step {row['step']}: the loss is {row['loss']} and the gradient's norm is "
         f"{row['grad_norm']}, of rows {', '.join(map(str, row['rows']))}. {kept} Try a lower "
-        "training.learning_rate, a longer training.warmup, or float32 for model.dtype; or leave "
-        "out such steps with training.skip_not_finite."
+        "training.learning_rate, a longer training.warmup, or float32 for model.dtype; or start "
+        "anew with training.skip_not_finite, to leave such steps out."
     )
     stop = {"status": "not finite", "step": row["step"], "last_good_step": last}
     run_directory.write_json(run.directory / run_directory.RESULT, {**stop, "message": message})
@@ -340,9 +355,14 @@ def save(run: Run, step: int, state: training.TrainState, score: float | None) -
 
 def fingerprints(run: Run) -> dict[str, str]:
     """A short hash of each set and of the base model, to know them by when a run resumes."""
-    sets = {"data.train": run.sets.train, "data.validation": run.sets.evaluation}
+    sets = {f"data.{name}": encoded for name, encoded in sets_by_name(run.sets).items()}
     found = {name: run.task.fingerprint(encoded) for name, encoded in sets.items()}
     return found | {"model.weights": run.weights}
+
+
+def sets_by_name(sets: Sets) -> dict[str, Any]:
+    """The rows to learn from and those to evaluate on, by the names that the config has."""
+    return {"train": sets.train, "validation": sets.evaluation}
 
 
 def named(change: str) -> str:

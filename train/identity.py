@@ -1,6 +1,6 @@
 """What a run resumes on must be what it began on: the base model, known by its weights.
 
-checksum(w) = sum_i bits(w_i) * (2 i + 1)  mod 2**32        for each array, on its device
+checksum(w) = sum_i mix(bits(w_i) + i)  mod 2**32        for each array, on its device
 
 Not against malice: it finds another model, another revision, another dtype or another quantisation.
 """
@@ -10,8 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+ODD = (np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B))
 
 
 def fingerprint_of_weights(params: Any) -> str:
@@ -27,5 +30,7 @@ def fingerprint_of_weights(params: Any) -> str:
 @jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(array, BITS[array.dtype.itemsize]).astype(jnp.uint32)
-    places = jax.lax.iota(jnp.uint32, bits.size)
-    return (bits.ravel() * (2 * places + 1)).sum(dtype=jnp.uint32)
+    mixed = bits.ravel() + jax.lax.iota(jnp.uint32, bits.size) * ODD[0]
+    for odd in ODD:  # so that every bit of an entry moves every bit of the sum
+        mixed = (mixed ^ (mixed >> 16)) * odd
+    return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)

@@ -122,7 +122,7 @@ def put(
     if not are_cut(mesh):
         return (*training.replicate((state, frozen), mesh), None)
     places = training.placements(frozen, state.trainable, mesh, layouts=layouts)
-    where = training.state_placement(state, tx, places), places.frozen
+    where = training.state_placement(state, places), places.frozen
     return (*training.place((state, frozen), where), places)
 
 

@@ -28,20 +28,27 @@ class Plan(NamedTuple):
     save_every: int
 
 
-def sized(config: Config, mesh: jax.sharding.Mesh) -> Config:
+def sized(config: Config, mesh: jax.sharding.Mesh, before: int | None = None) -> Config:
     """The config with the batch size of all devices together, whichever of both was given.
+
+    Args:
+        config: The config.
+        mesh: The devices.
+        before: That of the run that is gone on with. Where only the size of a device was said,
+            it stays what it was, on any number of devices.
 
     Raises:
         ValueError: They disagree, or the devices cannot share a batch.
     """
     section = config.training
+    total, per_device = section.total, section.batch_size_per_device
+    if total is None and before is not None:
+        total, per_device = before, None
     size = training.batch_size(
-        mesh,
-        total=section.total,
-        per_device=section.batch_size_per_device,
-        accumulate=section.accumulate,
+        mesh, total=total, per_device=per_device, accumulate=section.accumulate
     )
-    return config.model_copy(update={"training": section.model_copy(update={"batch_size": size})})
+    update = {"batch_size": size, "batch_size_per_device": None}
+    return config.model_copy(update={"training": section.model_copy(update=update)})
 
 
 def make_plan(config: Config, rows: int) -> Plan:

@@ -6,18 +6,24 @@ life and aborts them (`distributed.heartbeat`), which `supervisor` explains.
 """
 
 import contextlib
+import hashlib
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from .cluster import group_of
 from .config import DistributedSection
 from .exit_codes import BAD_INPUT, FAILED, NOT_FINITE, PEER_GONE
 from .stopping import StoppedError
+
+OF_PEERS = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "Gloo", "NCCL", "oordination")
+"""Words of errors that come from another process."""
 
 
 def start(section: DistributedSection) -> None:
@@ -52,6 +58,36 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def check_alike(what: dict[str, str]) -> None:
+    """Makes sure that all processes are about to run the same.
+
+    Args:
+        what: Name -> a text or hash that must be equal in all.
+
+    Raises:
+        ValueError: Names what differs from process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.array([[*hashlib.sha256(text.encode()).digest()[:16]] for text in what.values()])
+    first = multihost_utils.broadcast_one_to_all(own.astype(np.int32))
+    equal = (np.asarray(first) == own).all(axis=1)
+    wrong = [name for name, same in zip(what, equal, strict=True) if not same]
+    if wrong:
+        raise ValueError(
+            f"Process {jax.process_index()} differs from process 0 in: {', '.join(wrong)}. All "
+            "processes of a run need the same config, data and model."
+        )
+
+
+def agreed_word() -> str | None:
+    """A word that is new, and the same in all processes; None of a process that is alone."""
+    if jax.process_count() == 1:
+        return None
+    own = np.array([*secrets.token_bytes(8)], np.int32)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8)).hex()
+
+
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
     """Where there are several processes, one that fails ends here, and waits for no other.
@@ -74,11 +110,11 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def _what_to_say(error: Exception) -> tuple[int, str]:
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        first = str(error).splitlines()[0]
+    text = str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in OF_PEERS):
         return PEER_GONE, (
-            f"another process of the run is gone ({first}). Start all of them again with "
-            "--resume: they go on from the last checkpoint."
+            f"another process of the run is gone ({text.splitlines()[0]}). Start all of them again "
+            "with --resume: they go on from the last checkpoint."
         )
     if isinstance(error, ArithmeticError):
         return NOT_FINITE, f"error: {error}"

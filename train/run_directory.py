@@ -17,11 +17,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .config import Config, DistributedSection
+import jax
+
+from .config import PATHS, Config, DistributedSection
 from .config_file import to_yaml
-from .processes import is_first, wait_for_all
+from .processes import agreed_word, is_first, wait_for_all
+from .supervisor import WATCHED
+from .yaml_loader import read
 
 CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+TOGETHER = ".together"
 CHECKPOINTS, ADAPTER, CURVES, REPORT = "checkpoints", "adapter", "curves.png", "report.html"
 
 
@@ -40,6 +45,8 @@ def check_directory(config: Config) -> bool:
         raise ValueError(f"`output.directory` {directory} is a file.")
     if not directory.exists() or not any(directory.iterdir()):
         return False
+    if _token(directory).is_file() and _token(directory).read_text() == os.environ.get(WATCHED):
+        return True
     if choice == "error":
         raise ValueError(
             f"{directory} is not empty. Add --resume to go on with the run in it, --overwrite "
@@ -61,8 +68,45 @@ def start_directory(config: Config, resume: bool) -> Path:
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
         write_config(config)
-    wait_for_all("the output directory is there")
+    check_shared(directory)
+    if WATCHED in os.environ:
+        _token(directory).write_text(os.environ[WATCHED])
     return directory
+
+
+def check_shared(directory: Path) -> None:
+    """Waits for all processes, and makes sure that they see one directory.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if (word := agreed_word()) is None:
+        return
+    note = directory / TOGETHER
+    if is_first():
+        note.write_text(word)
+    wait_for_all("the output directory is there")
+    if not note.is_file() or note.read_text() != word:
+        raise ValueError(
+            f"Process 0 has made {directory}, and this process does not see it: "
+            "`output.directory` must be on a disk that all processes share."
+        )
+    wait_for_all("all have seen the output directory")
+    if is_first():
+        note.unlink()
+
+
+def batch_size_before(config: Config) -> int | None:
+    """The batch size of the run in the directory, if there is one."""
+    path = Path(config.output.directory) / CONFIG
+    if not path.is_file():
+        return None
+    return (read(path).values.get("training") or {}).get("batch_size")
+
+
+def _token(directory: Path) -> Path:
+    """Where a watched run leaves its word, each process its own."""
+    return directory / f".attempt-{jax.process_index()}"
 
 
 def write_config(config: Config) -> None:
@@ -70,6 +114,14 @@ def write_config(config: Config) -> None:
     directory = Path(config.output.directory)
     config = config.model_copy(update={"distributed": DistributedSection()})
     write_text(directory / CONFIG, to_yaml(config, directory))
+
+
+def comparable(config: Config) -> str:
+    """All settings that processes of a run must share: files may have other names elsewhere."""
+    values = config.model_dump(mode="json", exclude={"distributed": True, "output": {"directory"}})
+    for section, key in PATHS:
+        values[section].pop(key, None)
+    return json.dumps(values, sort_keys=True)
 
 
 def append_rows(directory: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -79,5 +79,5 @@ def make_state(
     frozen, trainable = split(params)
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     state = training.init_state(trainable, tx, jax.random.key(2))
-    state = training.place(state, training.state_placement(state, tx, placement))
+    state = training.place(state, training.state_placement(state, placement))
     return state, frozen, tx, placement

@@ -73,6 +73,13 @@ class Steps:
         scores = {step: score for step, score in self._scores().items() if not math.isnan(score)}
         return max(scores, key=lambda step: (sign * scores[step], step), default=None)
 
+    def last_notes(self) -> dict[str, Any] | None:
+        """The notes of the last step whose manifest is whole; None if there is none."""
+        for step in reversed(self.all_steps()):
+            with contextlib.suppress(_manifest.DamagedError):
+                return self.manifest(step).notes
+        return None
+
     def delete_old(self) -> None:
         """Deletes all but the latest and the best; one without a whole manifest is set aside."""
         kept = {*self.all_steps()[-self.keep :], self.best_step()}

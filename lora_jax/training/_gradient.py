@@ -53,7 +53,8 @@ def summed_gradient(
 
     def value(trainable: Any, batch: Any, keys: StepKeys) -> tuple[jax.Array, jax.Array]:
         loss = loss_fn(trainable, frozen, batch, keys)
-        total, weight = loss if isinstance(loss, tuple) else (loss, jnp.float32(1))
+        parts = loss if isinstance(loss, tuple) else (loss, 1.0)
+        total, weight = map(jnp.asarray, parts)
         return total.astype(_wide(total)), weight.astype(jnp.float32)
 
     gradient = jax.value_and_grad(value, has_aux=True)

@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._config import Layout
@@ -158,23 +157,27 @@ def gathered_now(tree: Any, places: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, jax.tree.map(without, places))
 
 
-def state_placement(state: Any, tx: optax.GradientTransformation, placement: Placement) -> Any:
+def state_placement(state: Any, placement: Placement) -> Any:
     """Where a `TrainState` lives: moments of the optimizer with what they are moments of.
+
+    What ends in a trained weight's path and has its shape is one of its moments; all else stands
+    whole on every device.
 
     Args:
         state: Of `init_state`, or its shapes.
-        tx: The optimizer.
         placement: Of `placements`.
     """
-    mesh = jax.tree.leaves((placement.frozen, placement.trainable))[0].mesh
-    whole = replicated(mesh)
-    opt_state = optax.tree.map_params(
-        tx,
-        lambda _, place: place,
-        state.opt_state,
-        placement.trainable,
-        transform_non_params=lambda _: whole,
-    )
+    places = jax.tree.leaves(placement.trainable)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state.trainable)
+    known = {(path, leaf.shape): place for (path, leaf), place in zip(leaves, places, strict=True)}
+    lengths = sorted({len(path) for path, _ in known}, reverse=True)
+    whole = replicated(jax.tree.leaves((placement.frozen, placement.trainable))[0].mesh)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        ends = (known.get((path[-length:], leaf.shape)) for length in lengths)
+        return next(filter(None, ends), whole)
+
+    opt_state = jax.tree_util.tree_map_with_path(place, state.opt_state)
     return state._replace(step=whole, trainable=placement.trainable, opt_state=opt_state, key=whole)
 
 

@@ -77,8 +77,9 @@ def make_train_step(
         accumulate: Take the batch apart into this many, one after the other, so that only the
             activations of one exist: the gradient is that of the whole batch, to rounding. Each
             has step keys of its own.
-        precision: What ``loss_fn`` gets is cast to its dtype of the arithmetic; None casts
-            nothing. Loss, norms and sums of gradients are float32 at least, whichever it is.
+        precision: Both halves are cast to its dtype of the arithmetic before ``loss_fn`` gets
+            them; None casts nothing. The batch is never cast: it may hold weights that are summed.
+            Losses, norms and sums of gradients are float32 at least, whichever it is.
 
     Returns:
         A jitted ``(state, frozen, batch) -> (state, metrics)``; it has ``.lower``. The state
@@ -102,7 +103,7 @@ def make_train_step(
             loss, grads = mean_gradient(loss_fn, trainable, frozen, batch, keys, accumulate)
         state, metrics = advanced(state, tx, loss, grads)
         if placement is not None:  # it comes out where it went in
-            places = state_placement(state, tx, placement)
+            places = state_placement(state, placement)
             state = jax.lax.with_sharding_constraint(state, places)
         return state, metrics
 
@@ -150,12 +151,12 @@ def make_eval_step(
 
 
 def in_precision(fn: Callable[..., Any], precision: Precision | None) -> Callable[..., Any]:
-    """A function of both halves, a batch and more, with the first three cast to the arithmetic."""
+    """A function of both halves, a batch and more, with both halves cast to the arithmetic."""
     if precision is None:
         return fn
 
-    def cast(trainable: Any, frozen: Any, batch: Any, *more: Any) -> Any:
-        return fn(*precision.for_arithmetic((trainable, frozen, batch)), *more)
+    def cast(trainable: Any, frozen: Any, *more: Any) -> Any:
+        return fn(*precision.for_arithmetic((trainable, frozen)), *more)
 
     return cast
 

@@ -1,5 +1,6 @@
 """Real runs in processes of their own, on virtual CPU devices of this machine."""
 
+import contextlib
 import json
 import os
 import socket
@@ -45,11 +46,16 @@ def start(folder: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
     return process
 
 
-def start_two(folder: Path, *arguments: str) -> list[subprocess.Popen]:
-    """Two processes of one run, of two devices each, told of each other on the command line."""
+def start_two(
+    folder: Path, *arguments: str, each: tuple[str, ...] = ("training.seed=0", "training.seed=0")
+) -> list[subprocess.Popen]:
+    """Two processes of one run, of two devices each, told of each other on the command line.
+
+    ``each`` holds an argument that is the process's own.
+    """
     together = (f"distributed.coordinator=localhost:{free_port()}", "distributed.num_processes=2")
     return [
-        start(folder, *arguments, *together, f"distributed.process_id={number}")
+        start(folder, *arguments, *together, f"distributed.process_id={number}", each[number])
         for number in range(2)
     ]
 
@@ -78,6 +84,16 @@ def wait_for_step(folder: Path, step: int, *running: subprocess.Popen) -> None:
     while max(steps(folder), default=0) < step:
         if dead := [process for process in running if process.poll() is not None]:
             raise AssertionError(f"it ended before step {step}: {ended(dead[0])}")
+        time.sleep(0.05)
+
+
+def wait_for_child(process: subprocess.Popen) -> int:
+    """The process that a supervisor watches, once it has begun to load what it needs."""
+    while True:
+        with contextlib.suppress(ValueError):
+            child = child_of(process)
+            if "jaxlib" in Path(f"/proc/{child}/maps").read_text():
+                return child
         time.sleep(0.05)
 
 

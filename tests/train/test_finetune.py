@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, whole, capsys):
     ("change", "difference"),
     [
         pytest.param("lora.alpha=3", "lora.alpha: 4.0 -> 3.0", id="alpha"),
-        pytest.param("lora.rank=3", "another state", id="rank"),
+        pytest.param("lora.rank=3", "lora.rank: 2 -> 3", id="rank"),
         pytest.param("training.learning_rate=1e-3", "0.01 -> 0.001", id="learning-rate"),
         pytest.param("training.steps=30", "training.steps: 20 -> 30", id="steps"),
         pytest.param("data.holdout=50", "data.train: hash", id="another-split"),

@@ -7,7 +7,16 @@ import sys
 import numpy as np
 import pytest
 
-from tests.train.running import child_of, end_all, ended, start, start_two, steps, wait_for_step
+from tests.train.running import (
+    child_of,
+    end_all,
+    ended,
+    start,
+    start_two,
+    steps,
+    wait_for_child,
+    wait_for_step,
+)
 from train import cli, cluster
 from train.config import DistributedSection
 
@@ -81,15 +90,39 @@ def test_what_is_wrong_in_all_processes_is_said_by_each(folder):
 
 
 def test_a_run_that_is_killed_starts_again_by_itself(folder, whole):
-    run = start(folder, SLOW, "training.log_every=1", "training.save_every=5",
-                "training.evaluate_every=120", "--max-restarts=1", devices=8)  # fmt: skip
+    assert cli.main([str(folder / "run.yaml"), "training.steps=2"]) == 0
+    run = start(folder, SLOW, "training.log_every=1", "training.save_every=5", "--overwrite",
+                "training.evaluate_every=120", "--max-restarts=2", devices=8)  # fmt: skip
+    os.kill(wait_for_child(run), signal.SIGKILL)  # before it has touched the old run
     wait_for_step(folder, 12, run)
     os.kill(child_of(run), signal.SIGKILL)
     code, out, err = ended(run)
     assert code == 0, err
-    assert "ended by signal SIGKILL: starting again (1 of 1)" in err
-    assert "resuming at step" in out
+    assert "ended by signal SIGKILL: starting again (1 of 2)" in err
+    assert "starting again (2 of 2)" in err
+    assert out.count("resuming at step") == 1
     assert steps(folder) == whole
+
+
+def test_one_that_is_asked_to_stop_is_not_started_again(folder):
+    run = start(folder, SLOW, "--max-restarts=3")
+    wait_for_child(run)
+    run.send_signal(signal.SIGTERM)
+    code, _, err = ended(run)
+    assert code == 128 + signal.SIGTERM
+    assert "starting again" not in err
+
+
+def test_processes_must_run_the_same_and_share_a_directory(folder):
+    (folder / "other.csv").write_text((folder / "rows.csv").read_text().replace("film", "plot"))
+    two = start_two(folder, SLOW, each=("data.train=rows.csv", "data.train=other.csv"))
+    (_, _, _), (code, _, err) = map(ended, two)
+    assert code == 2
+    assert "differs from process 0 in: the train rows, the validation rows" in err
+    two = start_two(folder, SLOW, each=("output.directory=a", "output.directory=b"))
+    (_, _, _), (code, _, err) = map(ended, two)
+    assert code == 2
+    assert "must be on a disk that all processes share" in err
 
 
 def test_what_is_wrong_with_the_config_is_not_tried_again(folder):
@@ -129,5 +162,5 @@ def test_what_is_said_wins_over_the_environment():
     section = DistributedSection(coordinator="here:1", process_id=0, num_processes=2)
     environment = {"COORDINATOR_ADDRESS": "there:1", "SLURM_NTASKS": "4"}
     assert cluster.group_of(section, environment) == ("here:1", 0, 2)
-    assert cluster.is_told([], environment)
-    assert not cluster.is_told(["training.steps=3"], {})
+    assert cluster.is_told(None, [], environment)
+    assert not cluster.is_told(None, ["training.steps=3"], {})

@@ -82,7 +82,7 @@ def run(base: str, stacked: bool, devices: int, accumulate: int = 1, **axes: int
     placement = training.placements(frozen, trainable, mesh, layouts=layouts)
     tx = optax.adamw(1e-2)
     state = training.init_state(trainable, tx, jax.random.key(2))
-    state = jax.device_put(state, training.state_placement(state, tx, placement))
+    state = jax.device_put(state, training.state_placement(state, placement))
     frozen = jax.device_put(frozen, placement.frozen)
     rows = training.shard_batch(batch(), mesh)
     step = training.make_train_step(loss_fn, tx, mesh, placement=placement, accumulate=accumulate)
@@ -290,3 +290,35 @@ def test_evaluation_reads_weights_where_they_are(base, axes):
     one = training.make_mesh(devices=jax.devices()[:1])
     wanted = training.make_eval_step(outputs, one)(trainable, frozen, batch())
     assert_trees_close(jax.device_get(found), jax.device_get(wanted), relative=1e-5)
+
+
+def everything(tree):
+    return jax.tree.map(lambda _: True, tree)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(optax.masked(optax.adam(1e-3), everything), id="masked"),
+        pytest.param(optax.adafactor(1e-3), id="factored-moments"),
+        pytest.param(optax.apply_if_finite(optax.adamw(1e-3), 2), id="wrapped"),
+        pytest.param(optax.MultiSteps(optax.adam(1e-3), 2), id="several-steps"),
+        pytest.param(
+            optax.partition(
+                {"a": optax.adam(1e-3), "b": optax.sgd(1e-3)},
+                lambda tree: {path: "a" if "up" in path else "b" for path in tree},
+            ),
+            id="by-labels",
+        ),
+    ],
+)
+def test_states_of_many_optimizers_have_a_place(tx):
+    frozen, trainable, layouts = halves("plain", False)
+    mesh = training.make_mesh(fsdp=4, tensor=2)
+    placement = training.placements(frozen, trainable, mesh, layouts=layouts)
+    state = training.init_state(trainable, tx, jax.random.key(2))
+    places = training.state_placement(state, placement)
+    placed = training.place((state, frozen), (places, placement.frozen))
+    step = training.make_train_step(loss_fn, tx, mesh, placement=placement)
+    state, metrics = step(*placed, training.shard_batch(batch(), mesh))
+    assert np.isfinite(metrics["loss"])

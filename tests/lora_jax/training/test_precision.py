@@ -37,17 +37,18 @@ def test_a_step_computes_in_one_dtype_and_keeps_another(scheme):
     adapted = lora_jax.adapt(apply, on_materialize="error")
 
     def loss_fn(trainable, frozen, batch, keys):
-        outputs = adapted(lora_jax.combine(frozen, trainable), batch["x"])
-        seen.update(outputs=outputs.dtype, head=trainable["head"].dtype, ids=batch["ids"].dtype)
+        x = precision.for_arithmetic(batch["x"])
+        outputs = adapted(lora_jax.combine(frozen, trainable), x)
+        seen.update(outputs=outputs.dtype, head=trainable["head"].dtype, x=batch["x"].dtype)
         return (outputs**2).mean()
 
     tx = optax.adamw(1e-2)
     state = training.init_state(trainable, tx, jax.random.key(1))
     mesh = training.make_mesh(devices=jax.devices()[:2])
     step = training.make_train_step(loss_fn, tx, mesh, precision=precision)
-    batch = {"x": jnp.ones((4, 6)), "ids": jnp.arange(4)}
+    batch = {"x": jnp.ones((4, 6))}
     state, metrics = step(*training.replicate((state, frozen), mesh), batch)
-    assert seen == {"outputs": jnp.bfloat16, "head": jnp.bfloat16, "ids": jnp.int32}
+    assert seen == {"outputs": jnp.bfloat16, "head": jnp.bfloat16, "x": jnp.float32}
     assert {metrics[name].dtype for name in ("loss", "grad_norm")} == {jnp.dtype("float32")}
     moments = [leaf for leaf in jax.tree.leaves((state.trainable, state.opt_state)) if leaf.ndim]
     assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
