@@ -49,18 +49,24 @@ def mean(total: jax.Array, weight: jax.Array, grads: Any, trainable: Any) -> tup
 def summed_gradient(
     loss_fn: LossFn, trainable: Any, frozen: Any, batch: Any, keys: StepKeys, parts: int
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The sum of the losses, their weight, and the gradient of the sum, at least float32."""
+    """The sum of the losses, their weight, and the gradient of the sum, at least float32.
 
-    def value(trainable: Any, batch: Any, keys: StepKeys) -> tuple[jax.Array, jax.Array]:
+    What is differentiated is a mean, of a size that float16 holds; it is multiplied by its weight
+    again in float32.
+    """
+
+    def value(trainable: Any, batch: Any, keys: StepKeys) -> tuple[jax.Array, Any]:
         loss = loss_fn(trainable, frozen, batch, keys)
-        parts = loss if isinstance(loss, tuple) else (loss, 1.0)
-        total, weight = map(jnp.asarray, parts)
-        return total.astype(_wide(total)), weight.astype(jnp.float32)
+        total, weight = map(jnp.asarray, loss if isinstance(loss, tuple) else (loss, 1.0))
+        total, weight = total.astype(_wide(total)), weight.astype(jnp.float32)
+        return total / jnp.where(weight == 0, 1, weight), (total, weight)
 
-    gradient = jax.value_and_grad(value, has_aux=True)
+    def gradient(trainable: Any, batch: Any, keys: StepKeys) -> tuple[jax.Array, jax.Array, Any]:
+        grads, (total, weight) = jax.grad(value, has_aux=True)(trainable, batch, keys)
+        return total, weight, jax.tree.map(lambda g: weight * g.astype(_wide(g)), grads)
+
     if parts == 1:
-        (total, weight), grads = gradient(trainable, batch, keys)
-        return total, weight, jax.tree.map(lambda g: g.astype(_wide(g)), grads)
+        return gradient(trainable, batch, keys)
 
     # Neighbours go into different parts, so that what a device has of the batch stays there.
     rows = jax.tree.map(lambda leaf: leaf.reshape((-1, parts, *leaf.shape[1:])), batch)
@@ -68,8 +74,8 @@ def summed_gradient(
     def add(sums: Any, part: jax.Array) -> tuple[Any, None]:
         some = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, part, 1, False), rows)
         own = jax.tree.map(lambda key: jax.random.fold_in(key, part), keys)
-        (total, weight), grads = gradient(trainable, some, own)
-        return jax.tree.map(lambda s, t: s + t.astype(s.dtype), sums, (total, weight, grads)), None
+        found = gradient(trainable, some, own)
+        return jax.tree.map(lambda s, t: s + t.astype(s.dtype), sums, found), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf)), trainable)
     begin = (jnp.float32(0), jnp.float32(0), zeros)

@@ -88,3 +88,20 @@ def test_the_whole_model_in_one_dtype_equals_no_policy():
 def test_only_floating_dtypes():
     with pytest.raises(ValueError, match="`compute` must be a floating dtype, got int8"):
         training.Precision(compute="int8")
+
+
+def test_a_sum_over_many_is_differentiated_in_float16():
+    # 2**17 tokens whose gradients are 1 each: their sum is beyond 65,504, their mean is not.
+    def loss_fn(trainable, frozen, batch, keys):
+        rows = batch["x"] * trainable["head"]
+        return rows.astype(jnp.float32).sum(), jnp.float32(rows.size)
+
+    tx = optax.sgd(1.0)
+    state = training.init_state({"head": jnp.ones(1)}, tx, jax.random.key(1))
+    mesh = training.make_mesh(devices=jax.devices()[:1])
+    precision = training.Precision(base="float16")
+    step = training.make_train_step(loss_fn, tx, mesh, precision=precision)
+    batch = {"x": jnp.ones(2**17, jnp.float16)}
+    state, metrics = step(*training.replicate((state, {}), mesh), batch)
+    assert float(metrics["loss"]) == 1.0
+    assert float(metrics["grad_norm"]) == pytest.approx(1.0, rel=2**-9)
