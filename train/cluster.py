@@ -6,6 +6,7 @@ cluster      SLURM and Open MPI, which `jax.distributed` reads itself
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -75,7 +76,8 @@ def is_told(config: str | None, overrides: Sequence[str], environment: Mapping[s
     """Whether anything says so, before the config is understood."""
     said = any(override.startswith("distributed.") for override in overrides)
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        said |= "\ndistributed:" in Path(config or "").read_text(encoding="utf-8")
+        text = Path(config or "").read_text(encoding="utf-8")
+        said |= re.search(r"^\s+coordinator:[ \t]*(?!null|~)\S", text, re.MULTILINE) is not None
     return said or _is_sized(environment) or any(n in environment for n in NAMES["coordinator"])
 
 

@@ -158,6 +158,19 @@ def test_sections_that_say_too_little(section, message):
         DistributedSection(**section)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("distributed:\n  coordinator: here:1\n", True),
+        ("distributed:\n  coordinator: null\n  heartbeat: 20\n", False),
+        ("model:\n  path: a\n", False),
+    ],
+)
+def test_a_file_can_say_it(tmp_path, text, told):
+    (tmp_path / "run.yaml").write_text(text)
+    assert cluster.is_told(str(tmp_path / "run.yaml"), [], {}) == told
+
+
 def test_what_is_said_wins_over_the_environment():
     section = DistributedSection(coordinator="here:1", process_id=0, num_processes=2)
     environment = {"COORDINATOR_ADDRESS": "there:1", "SLURM_NTASKS": "4"}
