@@ -5,6 +5,7 @@ its own. Batches are padded to few lengths, since a program compiles for each: t
 four in evaluation, which compiles sooner and sees rows of like length together.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -79,6 +80,8 @@ class Batches:
         self._own = np.arange(batch_size) if own is None else own
         self._order = make_order(len(encoded.sizes), seed)
         self._groups: Order | None = make_order(GROUP, seed) if group_by_length else None
+        # Of a step they are asked for twice: for its batch, and to be named and counted.
+        self.rows = functools.lru_cache(maxsize=2)(self._rows)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
@@ -86,7 +89,7 @@ class Batches:
         lengths = encoded.lengths if self._groups else encoded.lengths[::-2][::-1]
         return collate(encoded, self.rows(step), lengths, self._own)
 
-    def rows(self, step: int) -> np.ndarray:
+    def _rows(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step, of all processes together."""
         encoded, size = self._encoded, self._batch_size
         if self._groups is None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from . import supervisor
 from .cluster import is_told
-from .exit_codes import BAD_INPUT, FAILED, INTERRUPTED, NOT_FINITE
+from .exit_codes import explained
 
 EPILOG = """\
 Every setting is section.key, as in the YAML file, and can be given after it:
@@ -97,39 +97,32 @@ def parser() -> argparse.ArgumentParser:
 
 def _outcome(options: argparse.Namespace) -> tuple[int, str]:
     """The exit code, and what to say beside it."""
-    from . import processes
-    from .finetune import NotFiniteError
-    from .stopping import StoppedError
-
     try:
-        with processes.leaving_at_once():
-            return _run(options), ""
-    except StoppedError as stop:
-        return 128 + stop.signal, str(stop)
-    except NotFiniteError as error:
-        return NOT_FINITE, f"error: {error}"
-    except ValueError as error:
-        return BAD_INPUT, f"error: {error}"
-    except OSError as error:
-        return FAILED, f"error: {error}. What was saved before is as it was; --resume goes on."
-    except KeyboardInterrupt:
-        return INTERRUPTED, "Interrupted. Add --resume to go on from the last checkpoint."
+        return _run(options), ""
+    except (Exception, KeyboardInterrupt) as error:
+        from . import processes
+
+        processes.leave_at_once(error)
+        if (found := explained(error)) is None:
+            raise
+        return found
 
 
 def _run(options: argparse.Namespace) -> int:
-    from . import processes
     from .config_file import load
-    from .console import Console
-    from .dry_run import dry_run
-    from .finetune import run
-    from .members import members, swept
-    from .sweep import run as run_sweep
 
     if options.config is None:
         raise ValueError("give a config file: python -m train CONFIG.yaml (or --help)")
     choice = [name for name in ("resume", "overwrite") if getattr(options, name)]
     existing = [f"output.on_existing={name}" for name in choice]
     config = load(options.config, [*options.overrides, *existing])
+    from . import processes
+    from .console import Console
+    from .dry_run import dry_run
+    from .finetune import run
+    from .members import members, swept
+    from .sweep import run as run_sweep
+
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
     processes.start(config.distributed)
     console = Console(stderr=options.json, quiet=not processes.is_first())

@@ -25,6 +25,7 @@ from .batches import Batches
 from .config import Config, best_metric
 from .config_file import differences, from_plain
 from .console import Console
+from .exit_codes import NotFiniteError, StoppedError
 from .identity import fingerprint_of_weights
 from .model import (
     load_model,
@@ -42,10 +43,6 @@ from .plan import Plan, check_vocabulary, make_plan, sized
 from .predictions import compiled_once, predictions
 from .tasks import Answers, Sets, Task, task_of
 from .traits import is_better_lower
-
-
-class NotFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite; the last good checkpoint is kept."""
 
 
 class Run(NamedTuple):
@@ -76,7 +73,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     Raises:
         ValueError: The config, the data, the model or the output directory does not fit.
         NotFiniteError: The loss or the gradient is not finite.
-        stopping.StoppedError: A signal asked for it.
+        StoppedError: A signal asked for it.
     """
     started = time.perf_counter()
     run, begin = prepare(config, console)
@@ -237,8 +234,7 @@ def train(run: Run, state: training.TrainState) -> training.TrainState:
             if saving:
                 save(run, step, state, score)
             if signal and step < plan.steps:
-                message = f"Asked to stop: saved at step {step} of {plan.steps}; --resume goes on."
-                raise stopping.StoppedError(message, signal)
+                raise StoppedError(step, plan.steps, signal)
             pending, since = [], clock(run.console)
     return state
 

@@ -5,13 +5,11 @@ with an error, on which they leave too; or they wait in it, until JAX misses the
 life and aborts them (`distributed.heartbeat`), which `supervisor` explains.
 """
 
-import contextlib
 import hashlib
 import os
 import secrets
 import sys
 import traceback
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -19,8 +17,7 @@ from jax.experimental import multihost_utils
 
 from .cluster import group_of
 from .config import DistributedSection
-from .exit_codes import BAD_INPUT, FAILED, NOT_FINITE, PEER_GONE
-from .stopping import StoppedError
+from .exit_codes import FAILED, PEER_GONE, StoppedError, explained
 
 OF_PEERS = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "Gloo", "NCCL", "oordination")
 """Words of errors that come from another process."""
@@ -88,38 +85,27 @@ def agreed_word() -> str | None:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8)).hex()
 
 
-@contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Where there are several processes, one that fails ends here, and waits for no other.
+def leave_at_once(error: BaseException) -> None:
+    """Where there are several processes, ends this one that has failed, and waits for no other.
 
     A way out through the interpreter's end would wait for all of them, who wait for this one.
     A run that stops because it was asked to does so in all processes, and leaves as ever.
     """
-    try:
-        yield
-    except StoppedError:
-        raise
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        code, message = _what_to_say(error)
-        print(f"process {jax.process_index()}: {message}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if jax.process_count() == 1 or isinstance(error, StoppedError):
+        return
+    trace = FAILED, "".join(traceback.format_exception(error)).rstrip()
+    code, message = _of_a_peer(error) or explained(error) or trace
+    print(f"process {jax.process_index()}: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def _what_to_say(error: Exception) -> tuple[int, str]:
+def _of_a_peer(error: BaseException) -> tuple[int, str] | None:
     text = str(error)
     if isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in OF_PEERS):
         return PEER_GONE, (
             f"another process of the run is gone ({text.splitlines()[0]}). Start all of them again "
             "with --resume: they go on from the last checkpoint."
         )
-    if isinstance(error, ArithmeticError):
-        return NOT_FINITE, f"error: {error}"
-    if isinstance(error, ValueError):
-        return BAD_INPUT, f"error: {error}"
-    if isinstance(error, OSError):
-        return FAILED, f"error: {error}"
-    return FAILED, "".join(traceback.format_exception(error)).rstrip()
+    return None

@@ -15,18 +15,6 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class StoppedError(Exception):
-    """The run was asked to stop, and did, after saving.
-
-    Attributes:
-        signal: The signal's number.
-    """
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = number
-
-
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[int], int]]:
     """While it lasts, the first signal is only noted. A second SIGINT interrupts at once.

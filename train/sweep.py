@@ -25,7 +25,8 @@ from . import adapter, completion, finetune, run_directory, stopping, sweep_repo
 from .batches import Batch, Batches
 from .config import Config, best_metric
 from .console import Console
-from .finetune import NotFiniteError, Run
+from .exit_codes import NotFiniteError, StoppedError
+from .finetune import Run
 from .identity import fingerprint_of_weights
 from .members import members, swept
 from .model import (
@@ -357,9 +358,10 @@ def train(
                     training.replicate(subset, sweep.mesh),
                     training.shard_batches(rows, sweep.mesh),
                 )
-                tokens = [int(batch["attention_mask"].sum()) for batch in rows]
                 own = [float(rates[member][step - 1]) for member in chosen]
-                ids = [batches[seeds[member]].rows(step - 1) for member in chosen]
+                of_member = [batches[seeds[member]] for member in chosen]
+                ids = [own.rows(step - 1) for own in of_member]
+                tokens = [own.tokens(some) for own, some in zip(of_member, ids, strict=True)]
                 figures = {**figures, "learning_rate": own, "tokens": tokens, "rows": ids}
                 pending.append((step, chosen, figures))
             evaluating = step % plan.evaluate_every == 0 or step == plan.steps
@@ -378,8 +380,7 @@ def train(
             if saving:
                 save(sweep, step, state, scores, running)
             if signal and step < plan.steps:
-                message = f"Asked to stop: saved at step {step} of {plan.steps}; --resume goes on."
-                raise stopping.StoppedError(message, signal)
+                raise StoppedError(step, plan.steps, signal)
             pending, since = [], finetune.clock(sweep.console)
     return state
 

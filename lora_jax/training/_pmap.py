@@ -55,10 +55,10 @@ def make_pmap_train_step(
 
 
 def pmap_replicate(tree: Tree, devices: Any = None) -> Tree:
-    """Puts every array on every device, behind a new axis of devices.
+    """Puts every array on every device, once, behind a new axis of devices.
 
     Args:
-        tree: A tree of arrays.
+        tree: A tree of arrays, ``(...)`` each; the results are ``(devices, ...)``.
         devices: All of the process's if None.
     """
     devices = jax.local_devices() if devices is None else list(devices)
@@ -66,6 +66,8 @@ def pmap_replicate(tree: Tree, devices: Any = None) -> Tree:
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
 
     def replicate(leaf: Any) -> jax.Array:
-        return jax.device_put(jax.numpy.stack([leaf] * len(devices)), place)
+        copies = [jax.device_put(leaf[None], device) for device in devices]
+        shape = (len(devices), *leaf.shape)
+        return jax.make_array_from_single_device_arrays(shape, place, copies)
 
     return jax.tree.map(replicate, tree)

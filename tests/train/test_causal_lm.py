@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.train import conftest
-from train import cli, evaluate, finetune, losses, text_rows
+from train import cli, evaluate, exit_codes, finetune, losses, text_rows
 from train.batches import collate
 from train.config import Config, DataSection
 from train.records import Pair
@@ -231,7 +231,7 @@ def test_stopped_and_resumed_equals_never_interrupted(lm_folder, monkeypatch):
     assert train(lm_folder, *packed, f"output.directory={lm_folder / 'whole'}") == 0
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "log", log_and_stop)
-        assert train(lm_folder, *packed) == cli.INTERRUPTED
+        assert train(lm_folder, *packed) == exit_codes.INTERRUPTED
     assert train(lm_folder, *packed, "--resume") == 0
     one, other = lm_folder / "whole", lm_folder / "out"
     assert rows(one) == rows(other)
