@@ -23,10 +23,9 @@ from lora_jax.io import checkpoints
 from . import adapter, completion, processes, report, run_directory, stopping
 from .batches import Batches
 from .config import Config, best_metric
-from .config_file import differences, from_plain
 from .console import Console
 from .exit_codes import NotFiniteError, StoppedError
-from .identity import fingerprint_of_weights
+from .identity import WEIGHTS, check_unchanged, hashes_of
 from .model import (
     load_model,
     make_eval_step,
@@ -59,7 +58,7 @@ class Run(NamedTuple):
     train_step: Callable[..., Any]
     predict: Callable[[Any], np.ndarray]
     complete: Callable[[Any, Any], list[str]]
-    weights: str
+    hashes: dict[str, str]
     directory: Path
     saved: Any
 
@@ -105,7 +104,7 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
     with where_weights_fit(mesh):
         model = load_model(config, len(sets.names) or None)
         frozen, trainable = split_model(model, config)
-    weights = fingerprint_of_weights(model.params)
+    hashes = hashes_of(task, sets, model.params)
     check_vocabulary((sets.train, sets.evaluation), model.config.vocab_size)
     task.write(sets, config, completion.make_check(model, config, sets.tokenizer), few=False)
     if model.new:
@@ -133,8 +132,8 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
         rows = section.batch_size // section.accumulate
         return predictions(call, sets.evaluation, rows, training.own_rows(rows, mesh))
 
-    alike = {"the config": run_directory.comparable(config), "the base model": weights}
-    alike |= {f"the {name} rows": task.fingerprint(own) for name, own in sets_by_name(sets).items()}
+    alike = {"the config": run_directory.comparable(config), "the base model": hashes[WEIGHTS]}
+    alike |= {f"the {name} rows": hashes[f"data.{name}"] for name in ("train", "validation")}
     processes.check_alike(alike | {"whether it resumes": str(resuming)})
     directory = run_directory.start_directory(config, resuming)
     saved = checkpoints.open_checkpoints(
@@ -144,7 +143,7 @@ def prepare(config: Config, console: Console) -> tuple[Run, training.TrainState]
     )
     complete = completion.make_complete(model, config, sets.tokenizer, console)
     fixed = (config, console, task, sets, plan, model, frozen, mesh, train_step, predict, complete)
-    return Run(*fixed, weights, directory, saved), state
+    return Run(*fixed, hashes, directory, saved), state
 
 
 def answer(run: Run, trainable: Any, *, few: bool) -> Answers:
@@ -172,7 +171,8 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
     last = run.saved.latest_step()
     if last is not None:
         if (notes := run.saved.last_notes()) is not None:
-            check_unchanged(run, notes)
+            for line in check_unchanged(notes, run.config, run.hashes):
+                run.console.warn(f"changed, and allowed to: {line}")
         step, state, _ = checkpoints.restore(run.saved, begin)
         if step != last:
             run.console.warn(f"the checkpoint of step {last} is damaged: going back to {step}")
@@ -180,34 +180,6 @@ def resume(run: Run, begin: training.TrainState) -> training.TrainState:
     run_directory.write_config(run.config)
     run_directory.cut_rows(run.directory, step)
     return state
-
-
-def check_unchanged(run: Run, notes: dict[str, Any]) -> None:
-    """Refuses to go on with another run.
-
-    Args:
-        run: The run.
-        notes: Those of the last checkpoint.
-
-    Raises:
-        ValueError: Names all that differ and may not.
-    """
-    changed = differences(from_plain(notes["config"]), run.config)
-    changed += [
-        f"{name}: hash {notes['hashes'][name]} -> {found}"
-        for name, found in fingerprints(run).items()
-        if notes["hashes"][name] != found
-    ]
-    allowed = [line for line in changed if named(line) in run.config.output.allow_changes]
-    for line in allowed:
-        run.console.warn(f"changed, and allowed to: {line}")
-    if changed := [line for line in changed if line not in allowed]:
-        raise ValueError(
-            f"{run.directory} cannot be resumed: with these changes it would be another run.\n  "
-            + "\n  ".join(changed)
-            + "\nUndo them, start anew with --overwrite or another output.directory, or allow "
-            f"them: output.allow_changes=[{', '.join(map(named, changed))}]"
-        )
 
 
 def train(run: Run, state: training.TrainState) -> training.TrainState:
@@ -345,25 +317,8 @@ def evaluate(run: Run, step: int, outputs: np.ndarray) -> float:
 
 def save(run: Run, step: int, state: training.TrainState, score: float | None) -> None:
     """Saves a checkpoint, with what must be equal for a run to go on from it."""
-    notes = {"config": run.config.model_dump(mode="json"), "hashes": fingerprints(run)}
+    notes = {"config": run.config.model_dump(mode="json"), "hashes": run.hashes}
     checkpoints.save(run.saved, step, state, notes=notes, score=score)
-
-
-def fingerprints(run: Run) -> dict[str, str]:
-    """A short hash of each set and of the base model, to know them by when a run resumes."""
-    sets = {f"data.{name}": encoded for name, encoded in sets_by_name(run.sets).items()}
-    found = {name: run.task.fingerprint(encoded) for name, encoded in sets.items()}
-    return found | {"model.weights": run.weights}
-
-
-def sets_by_name(sets: Sets) -> dict[str, Any]:
-    """The rows to learn from and those to evaluate on, by the names that the config has."""
-    return {"train": sets.train, "validation": sets.evaluation}
-
-
-def named(change: str) -> str:
-    """What a line of changes is about."""
-    return change.partition(":")[0]
 
 
 def finish(

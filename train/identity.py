@@ -1,4 +1,4 @@
-"""What a run resumes on must be what it began on: the base model, known by its weights.
+"""What a run resumes on must be what it began on: its settings, its data, its base model's weights.
 
 checksum(w) = sum_i mix(bits(w_i) + i)  mod 2**32        for each array, on its device
 
@@ -12,9 +12,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .config import Config
+from .config_file import differences, from_plain
+from .tasks import Sets, Task
+
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 ODD = (np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B))
+
+WEIGHTS = "model.weights"
+
+
+def check_unchanged(notes: dict[str, Any], config: Config, hashes: dict[str, str]) -> list[str]:
+    """Refuses to go on with another run.
+
+    Args:
+        notes: Those of the last checkpoint: its ``config`` and ``hashes``.
+        config: Of the run that is to go on.
+        hashes: Of `hashes_of`, likewise.
+
+    Returns:
+        What differs and may, a line each.
+
+    Raises:
+        ValueError: Names all that differ and may not.
+    """
+    changed = differences(from_plain(notes["config"]), config)
+    changed += [
+        f"{name}: hash {notes['hashes'][name]} -> {found}"
+        for name, found in hashes.items()
+        if notes["hashes"][name] != found
+    ]
+    allowed = [line for line in changed if _named(line) in config.output.allow_changes]
+    if changed := [line for line in changed if line not in allowed]:
+        raise ValueError(
+            f"{config.output.directory} cannot be resumed: with these changes it would be another "
+            "run.\n  "
+            + "\n  ".join(changed)
+            + "\nUndo them, start anew with --overwrite or another output.directory, or allow "
+            f"them: output.allow_changes=[{', '.join(map(_named, changed))}]"
+        )
+    return allowed
+
+
+def _named(change: str) -> str:
+    """What a line of changes is about."""
+    return change.partition(":")[0]
+
+
+def hashes_of(task: Task, sets: Sets, params: Any) -> dict[str, str]:
+    """A short hash of each set and of the base model, by the names that the config has."""
+    rows = {"data.train": sets.train, "data.validation": sets.evaluation}
+    found = {name: task.fingerprint(encoded) for name, encoded in rows.items()}
+    return found | {WEIGHTS: fingerprint_of_weights(params)}
 
 
 def fingerprint_of_weights(params: Any) -> str:

@@ -7,11 +7,9 @@ and the order of its rows follow from its own seed, and it leaves a run's direct
 whose loss or gradient is not finite stops; the others go on.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +21,11 @@ from lora_jax.io import checkpoints
 
 from . import adapter, completion, finetune, run_directory, stopping, sweep_report
 from .batches import Batch, Batches
-from .config import Config, best_metric
+from .config import Config
 from .console import Console
 from .exit_codes import NotFiniteError, StoppedError
 from .finetune import Run
-from .identity import fingerprint_of_weights
+from .identity import hashes_of
 from .members import members, swept
 from .model import (
     are_cut,
@@ -42,12 +40,10 @@ from .model import (
 from .optimizer import make_optimizer
 from .plan import check_vocabulary, make_plan, sized
 from .predictions import compiled_once, predictions
+from .sweep_resume import check_directory, open_directory, resume
 from .tasks import Answers, Task, task_of
-from .traits import is_better_lower
-from .yaml_loader import read
 
 OF_OPTIMIZER = ("learning_rate", "weight_decay")
-KEEP = 2  # checkpoints: a kill while members are saved leaves the one before to all of them
 
 
 class Sweep(NamedTuple):
@@ -93,7 +89,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """
     started = time.perf_counter()
     sweep, begin = prepare(config, console)
-    step, states, running = resume(sweep, begin)
+    step, states, running = resume(sweep.members, begin)
     before = answer(sweep, sweep.together(begin), few=True)
     if step == 0:
         evaluate(sweep, 0, [own.outputs for own in before], running)
@@ -182,7 +178,7 @@ def prepare(config: Config, console: Console) -> tuple[Sweep, list[training.Trai
     fixed |= {"mesh": mesh, "train_step": None, "predict": None, "complete": complete}
     runs = {
         name: Run(
-            **fixed, config=own, model=own_model, weights=fingerprint_of_weights(own_model.params),
+            **fixed, config=own, model=own_model, hashes=hashes_of(task, sets, own_model.params),
             **open_directory(own, resuming),
         )
         for (name, own), own_model in zip(configs.items(), models, strict=True)
@@ -248,71 +244,6 @@ def make_steps(
     outputs = make_outputs(task, model, mesh)
     eval_step = training.make_sweep_eval_step(outputs, mesh, at_once=at_once)
     return jax.jit(train_step, donate_argnums=0), eval_step
-
-
-def check_directory(config: Config) -> bool:
-    """Decides what happens to the directory, and whether there is a sweep to resume.
-
-    Raises:
-        ValueError: As `run_directory.check_directory`; or another sweep is in it.
-    """
-    resuming = run_directory.check_directory(config)
-    if not resuming:
-        return False
-    path = Path(config.output.directory) / run_directory.CONFIG
-    found = {name: tuple(own) for name, own in read(path).values.get("sweep", {}).items() if own}
-    if found != swept(config):
-        raise ValueError(
-            f"{path.parent} cannot be resumed: in it `sweep` is {found}. Give the same values, or "
-            "start anew with --overwrite or another output.directory."
-        )
-    return True
-
-
-def open_directory(config: Config, resuming: bool) -> dict[str, Any]:
-    """A member's directory, and its checkpoints."""
-    there = Path(config.output.directory).is_dir()
-    directory = run_directory.start_directory(config, resuming and there)
-    saved = checkpoints.open_checkpoints(
-        directory / run_directory.CHECKPOINTS,
-        keep=max(KEEP, config.training.keep),
-        best="min" if is_better_lower(best_metric(config)) else "max",
-    )
-    return {"directory": directory, "saved": saved}
-
-
-def resume(
-    sweep: Sweep, begin: list[training.TrainState]
-) -> tuple[int, list[training.TrainState], list[bool]]:
-    """The step that all go on from, their states there, and who is running.
-
-    It is the last one of which all that had not stopped have a checkpoint; later ones are removed.
-
-    Raises:
-        ValueError: As `finetune.resume`.
-    """
-    latest = [member.saved.latest_step() or 0 for member in sweep.members]
-    stops = [stop_of(member) for member in sweep.members]
-    going = [own for own, stop in zip(latest, stops, strict=True) if stop is None]
-    step = min(going, default=max(latest))
-    running = [stop is None or stop > step for stop in stops]
-    states = []
-    for member, state, goes_on in zip(sweep.members, begin, running, strict=True):
-        for own in member.saved.all_steps():
-            if own > step:
-                member.saved.delete(own)
-        if goes_on:
-            (member.directory / run_directory.RESULT).unlink(missing_ok=True)
-            state = finetune.resume(member, state)
-        states.append(state)
-    return step, states, running
-
-
-def stop_of(member: Run) -> int | None:
-    """The step in which a member stopped, if it did."""
-    path = member.directory / run_directory.RESULT
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return result["step"] if result.get("status") == "not finite" else None
 
 
 def restore_best(
