@@ -23,26 +23,27 @@ from jax.custom_derivatives import SymbolicZero
 
 BACKENDS = ("gpu",)
 
-_IN_AXES_ARE_WHOLE = contextvars.ContextVar("in_axes_are_whole", default=False)
+_ROW_SHARDS: contextvars.ContextVar[int | None] = contextvars.ContextVar("row_shards", default=None)
 _APART = contextvars.ContextVar("apart", default=False)
 
 
 @contextlib.contextmanager
-def whole_in_axes(said: bool) -> Iterator[None]:
-    """While it traces: whether no input or weight is cut along an in axis where GSPMD chooses.
+def cut_by_rows(shards: int | None) -> Iterator[None]:
+    """While it traces: into how many parts GSPMD cuts inputs, all of them along rows alone.
 
-    JAX does not say how an array on such a mesh is cut; who put the weights there knows.
+    JAX does not say how an array on such a mesh is cut; who put the arrays there knows. None is
+    what holds outside: an input or a weight may be cut along an in axis.
     """
-    token = _IN_AXES_ARE_WHOLE.set(said)
+    token = _ROW_SHARDS.set(shards)
     try:
         yield
     finally:
-        _IN_AXES_ARE_WHOLE.reset(token)
+        _ROW_SHARDS.reset(token)
 
 
-def in_axes_are_whole() -> bool:
+def row_shards() -> int | None:
     """What was said last."""
-    return _IN_AXES_ARE_WHOLE.get()
+    return _ROW_SHARDS.get()
 
 
 @contextlib.contextmanager

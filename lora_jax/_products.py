@@ -6,6 +6,7 @@ The factors are cast to the weight's dtype when they are spent. A complex input,
 for real factors of that dtype, materialises the weight.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ._compat import varying_axes
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
-from ._joined import in_axes_are_whole, joined, pays
+from ._joined import joined, pays, row_shards
 from ._tracked import Step, holds_codes
 
 LOW_RANK = "low_rank"
@@ -61,13 +62,15 @@ def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
     matches = weight.labels[spent] == "in" and weight.labels[1 - spent] == "out"
     # Joining what is cut along its in axis would move it, and GSPMD does not say what is.
     left = any(_is_left_to_gspmd(one) for one in (x, weight.w, weight.a, weight.b))
-    if left and not in_axes_are_whole():
+    shards = row_shards() if left else 1
+    if shards is None:
         return False
     cut = [any(jax.typeof(one).sharding.spec) for one in (weight.w, weight.a, weight.b)]
     cut += [bool(jax.typeof(x).sharding.spec[contracting[0][0]])]
     cut += [step.eqn.params.get("out_sharding") is not None]
     matches = matches and not any(cut) and x.dtype == weight.w.dtype
-    return matches and pays(x.size // max(1, ins), ins, outs)
+    rows = math.prod(jax.typeof(x).sharding.shard_shape(x.shape)) // max(1, ins) // shards
+    return matches and pays(rows, ins, outs)
 
 
 def _is_left_to_gspmd(x: jax.Array) -> bool:

@@ -56,6 +56,7 @@ def _panels(left: Any, right: Any, scaling: str, rows: Sequence[Row]) -> None:
     for axes in (left, right):
         axes.set_title(f"{scaling} scaling", fontsize=10)
         axes.set_xscale("log", base=2)
+        axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)  # also where nothing is to be drawn
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xlabel("devices")
     left.legend(fontsize=8)

@@ -24,6 +24,7 @@ from .._paths import flatten
 from .._quantized import QuantizedWeight, is_quantized
 from .._targets import matches
 from .._weights import Factors
+from ._batch import batch_shards
 from ._mesh import replicated
 
 log = logging.getLogger(__name__)
@@ -181,9 +182,13 @@ def state_placement(state: Any, placement: Placement) -> Any:
     return state._replace(step=whole, trainable=placement.trainable, opt_state=opt_state, key=whole)
 
 
-def cuts_products(placement: Placement | None, mesh: Mesh) -> bool:
-    """Whether weights meet their input in parts: what is gathered first does not count."""
-    return placement is not None and mesh.shape["tensor"] > 1
+def row_shards(placement: Placement | None, mesh: Mesh) -> int | None:
+    """Into how many parts inputs are cut along their rows; None where weights are cut as well.
+
+    What is gathered before it is read does not count as cut.
+    """
+    cuts_products = placement is not None and mesh.shape["tensor"] > 1
+    return None if cuts_products else batch_shards(mesh)
 
 
 Cut = Mapping[int, str]

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from .._joined import whole_in_axes
+from .._joined import cut_by_rows
 from ._batch import batch_sharding, check_batch
 from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import replicated
 from ._placement import (
     Placement,
-    cuts_products,
     gathered_later,
     gathered_now,
+    row_shards,
     state_placement,
 )
 from ._precision import Precision
@@ -99,7 +99,7 @@ def make_train_step(
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         keys = step_keys(state.key, state.step)
         trainable, frozen = _as_read(state.trainable, frozen, placement)
-        with whole_in_axes(not cuts_products(placement, mesh)):
+        with cut_by_rows(row_shards(placement, mesh)):
             loss, grads = mean_gradient(loss_fn, trainable, frozen, batch, keys, accumulate)
         state, metrics = advanced(state, tx, loss, grads)
         if placement is not None:  # it comes out where it went in
@@ -142,7 +142,7 @@ def make_eval_step(
     def eval_step(trainable: Any, frozen: Any, batch: Any):
         check_batch(batch, mesh)
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        with whole_in_axes(not cuts_products(placement, mesh)):
+        with cut_by_rows(row_shards(placement, mesh)):
             return apply_fn(*_as_read(trainable, frozen, placement), batch)
 
     whole = replicated(mesh)

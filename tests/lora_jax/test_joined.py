@@ -172,7 +172,7 @@ def test_nothing_is_joined_where_gspmd_chooses():
 def test_a_batch_may_be_sharded():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     frozen, trainable = halves_of((INS, OUTS), "in out")
-    x = normal(5, ROWS, INS)
+    x = normal(5, 8 * ROWS, INS)
 
     def through_adapt(trainable, frozen, x):
         return lora_jax.adapt(wide)(lora_jax.combine(frozen, trainable), x)

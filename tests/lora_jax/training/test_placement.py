@@ -259,16 +259,22 @@ def test_pmap_is_the_same_step(alone, accumulate):
 
 @pytest.mark.parametrize(("axes", "joins"), [({}, True), ({"tensor": 2}, False)])
 def test_products_are_joined_where_no_in_axis_is_cut(alone, monkeypatch, axes, joins):
-    seen = []
+    seen, asked = [], set()
 
     def joined(*operands, **params):
         seen.append(operands)
         return _joined.joined(*operands, **params)
 
+    def pays(rows, ins, outs):
+        asked.add(rows)
+        return True
+
     monkeypatch.setattr("lora_jax._products.joined", joined)
-    monkeypatch.setattr("lora_jax._products.pays", lambda *_: True)
+    monkeypatch.setattr("lora_jax._products.pays", pays)
     found, _, text = run("plain", False, 8, **axes)
     assert bool(seen) == joins
+    if joins:  # it is asked of what each device has to copy
+        assert asked == {batch()["ids"].size // 8}
     assert_trees_close(found, alone("plain", False), relative=1e-3)
     if joins:
         assert {kind for kind, _ in moved(text)} == {"all-reduce"}
