@@ -17,7 +17,7 @@ from benchmarks.step.job import changes_of, tokens
 
 from .figure import draw
 from .machine import machine
-from .points import SCALINGS, WAYS, Point, points, share
+from .points import SCALINGS, WAYS, Point, held_rows, points, share
 from .table import is_measured, rate, table
 
 # NVLink multicast is off: NCCL sends through rings and trees, whatever the machine can do besides.
@@ -114,7 +114,7 @@ def check(chosen: argparse.Namespace) -> None:
         for scaling in chosen.scaling:
             for devices in chosen.devices:
                 try:
-                    share(scaling, CASES[case].shape.batch, devices)
+                    share(scaling, held_rows(chosen, case), devices)
                 except ValueError as error:
                     raise SystemExit(f"{case}, {scaling} scaling: {error}") from None
 
@@ -138,6 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="of ours; peers have data alone")
     add("--devices", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N")
     add("--scaling", nargs="+", choices=SCALINGS, default=SCALINGS)
+    add("--rows", type=int, metavar="N", help="a device holds at once; by default the case's batch")
     add("--out", default="runs/scaling", help="directory of figures, log, plot (%(default)s)")
     add("--earlier", nargs="+", default=[], metavar="FILE", help="figures to take, not measure")
     add("--minutes", type=float, default=9.5, help="all ends by then (%(default)s)")

@@ -91,11 +91,18 @@ def points(chosen: argparse.Namespace, cache: Path) -> Iterator[tuple[dict[str, 
         contender = label.partition(",")[0]
         if contender != OURS and way != "data":
             continue
-        rows, passes = share(scaling, CASES[case].shape.batch, devices)
+        if chosen.rows:
+            names["contender"] += f", {chosen.rows} rows"
+        rows, passes = share(scaling, held_rows(chosen, case), devices)
         size = {"devices": devices, "rows": rows, "passes": passes}
         way = way if devices > 1 else "data"
         fields = {"case": case, "contender": contender, "way": way, "cache": str(cache)}
         yield names | {"devices": devices}, Point(**fields | size | options | changes)
+
+
+def held_rows(chosen: argparse.Namespace, case: str) -> int:
+    """How many rows a device holds at once."""
+    return chosen.rows or CASES[case].shape.batch
 
 
 def _contenders(chosen: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:

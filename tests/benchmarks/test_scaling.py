@@ -144,6 +144,7 @@ def test_the_figure_is_drawn(tmp_path):
     rows = [row(1, 0.1), row(2, 0.11), row(2, 0.12, contender="peft"), row(4, 0, status="late")]
     assert figure.draw(tmp_path / "scaling.png", rows) is None
     assert (tmp_path / "scaling.png").stat().st_size > 0
+    assert figure.draw(tmp_path / "alone.png", rows[1:]) is None  # nothing to compare with
     assert "nothing was measured" in (figure.draw(tmp_path / "no.png", rows[3:]) or "matplotlib")
 
 
@@ -171,6 +172,20 @@ def test_one_device_is_one_point_whichever_way():
     alone = [point for names, point in found if names["devices"] == 1][:2]
     assert alone[0] == alone[1]
     assert found[1][1].work.shape.batch == 2 * CASES["tiny"].shape.batch
+
+
+def test_rows_of_a_device_may_be_others():
+    chosen = parse(["--devices", "1", "2", "--rows", "6", "--ways", "fsdp", "--contenders", "ours"])
+    found = {
+        (names["scaling"], point.devices): point for names, point in points.points(chosen, Path())
+    }
+    assert {at: (point.rows, point.passes) for at, point in found.items()} == {
+        ("weak", 1): (6, 1),
+        ("weak", 2): (12, 1),
+        ("strong", 1): (8, 2),
+        ("strong", 2): (8, 1),
+    }
+    assert {names["contender"] for names, _ in points.points(chosen, Path())} == {"ours, 6 rows"}
 
 
 def test_devices_that_cannot_share_are_refused(tmp_path):
