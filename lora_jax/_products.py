@@ -20,6 +20,7 @@ from ._compat import varying_axes
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
 from ._joined import joined, pays, row_shards
+from ._ranks import filled
 from ._tracked import Step, holds_codes
 
 LOW_RANK = "low_rank"
@@ -85,7 +86,7 @@ def _join(weight: Factored, step: Step) -> jax.Array:
     params = step.eqn.params
     ((mine,), (spent,)), _ = params["dimension_numbers"]
     x, dtype = step.operands[0], weight.w.dtype
-    (a, _), (b, _) = weight.compact(0), weight.compact(1)
+    a, b = (filled(weight.compact(part)[0]) for part in (0, 1))
     t = lax.dot_general(
         _dropped(weight, step, x), a.astype(dtype), (((mine,), (0,)), ((), ())),
         precision=params["precision"],
@@ -121,6 +122,7 @@ def _low_rank(
     """``(x @ first) @ (scale * second)``, laid out as ``base`` and of its dtype."""
     (first, first_axes), (second, second_axes) = (weight.compact(part) for part in order)
     precision = step.eqn.params["precision"]
+    first, second = filled(first), filled(second)
     wanted = {*second_axes, *out_axes}
     t_axes = [axis for axis in dict.fromkeys((*x_axes, *first_axes)) if axis in wanted]
     dtype, place = weight.w.dtype, _places(base, out_axes)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from .._joined import cut_by_rows
 from ._batch import batch_sharding, check_batch
+from ._compiler import compiler_options
 from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import replicated
 from ._placement import (
@@ -112,7 +113,13 @@ def make_train_step(
         ins, outs = (whole, whole, None), (whole, whole)
     else:
         ins, outs = (None, placement.frozen, None), (None, whole)
-    return jax.jit(train_step, in_shardings=ins, out_shardings=outs, donate_argnums=0)
+    return jax.jit(
+        train_step,
+        in_shardings=ins,
+        out_shardings=outs,
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def make_eval_step(
@@ -147,7 +154,12 @@ def make_eval_step(
 
     whole = replicated(mesh)
     ins = (whole, whole) if placement is None else (placement.trainable, placement.frozen)
-    return jax.jit(eval_step, in_shardings=(*ins, None), out_shardings=whole)
+    return jax.jit(
+        eval_step,
+        in_shardings=(*ins, None),
+        out_shardings=whole,
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def in_precision(fn: Callable[..., Any], precision: Precision | None) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import _joined, training
 from lora_jax.testing import assert_trees_close
+from lora_jax.training import _compiler
 
 LAYERS, WIDTH, WIDE, WORDS = 2, 32, 64, 128
 BATCH, LENGTH = 8, 6
@@ -296,6 +297,16 @@ def test_evaluation_reads_weights_where_they_are(base, axes):
     one = training.make_mesh(devices=jax.devices()[:1])
     wanted = training.make_eval_step(outputs, one)(trainable, frozen, batch())
     assert_trees_close(jax.device_get(found), jax.device_get(wanted), relative=1e-5)
+
+
+def test_the_compiler_is_told_of_gathers_on_gpus_alone(alone, monkeypatch):
+    meshes = training.make_mesh(data=8), training.make_mesh(data=2, fsdp=4)
+    assert [_compiler.compiler_options(mesh) for mesh in meshes] == [None, None]
+    monkeypatch.setattr(_compiler, "PLATFORMS", ("cpu",))
+    plain, cut = map(_compiler.compiler_options, meshes)
+    assert (plain, cut) == (None, dict(_compiler.OF_GATHERS))
+    found, _, _ = run("plain", True, 8, data=2, fsdp=4)  # XLA knows the option by this name
+    assert_trees_close(found, alone("plain", True), relative=1e-3)
 
 
 def everything(tree):
