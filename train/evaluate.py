@@ -70,22 +70,24 @@ def evaluate(
 
     from . import adapter, run_directory
     from .completion import make_complete
-    from .model import load_model, make_eval_step
+    from .model import load_model, make_eval_step, put_halves, where_weights_fit
     from .predictions import compiled_once, predictions
     from .tasks import task_of
 
     config, names = read_run(directory, data)
     task = task_of(config)
     sets = task.load_evaluation(config, names, config.data.train if data else None)
-    model = load_model(config, len(names) or None)
-    halves = model.params, {}
-    if not base:
-        halves = adapter.load(directory / run_directory.ADAPTER, model)
+    mesh = mesh_of(config, console)
+    with where_weights_fit(mesh):
+        model = load_model(config, len(names) or None)
+        halves = model.params, {}
+        if not base:
+            halves = adapter.load(directory / run_directory.ADAPTER, model)
 
-    mesh = training.make_mesh()
-    frozen, trainable = training.replicate(halves, mesh)
-    step = compiled_once(make_eval_step(task, model, mesh), "evaluation", console)
-    batch_size = -(-config.training.batch_size // mesh.size) * mesh.size
+    frozen, trainable, placement = put_halves(*halves, mesh, model.layouts)
+    step = compiled_once(make_eval_step(task, model, mesh, placement), "evaluation", console)
+    shards = training.batch_shards(mesh)
+    batch_size = -(-config.training.batch_size // shards) * shards
     outputs = predictions(
         lambda batch: step(trainable, frozen, training.shard_batch(batch, mesh)),
         sets.evaluation,
@@ -98,6 +100,19 @@ def evaluate(
     rows = {name: f"{value:.4f}" for name, value in metrics.items()}
     console.table(f"{directory} on {len(outputs)} examples", rows)
     return metrics
+
+
+def mesh_of(config: Any, console: Any) -> Any:
+    """The mesh that the run trained on, or all of these devices side by side if they are others."""
+    from lora_jax import training
+
+    from .model import make_mesh
+
+    try:
+        return make_mesh(config)
+    except ValueError as error:
+        console.say(f"not as in training, each device holds the whole model: {error}")
+        return training.make_mesh()
 
 
 def read_run(directory: Path, data: str | None) -> tuple[Any, tuple[str, ...]]:

@@ -94,9 +94,11 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     """The devices of all processes, as the config lays them out.
 
     Raises:
-        ValueError: It asks for more or fewer than there are.
+        ValueError: It asks for more or fewer than there are, or has no place to read weights to.
     """
-    return training.make_mesh(**config.mesh.model_dump())
+    mesh = training.make_mesh(**config.mesh.model_dump())
+    where_weights_fit(mesh)  # refused before anything is read
+    return mesh
 
 
 def are_cut(mesh: jax.sharding.Mesh) -> bool:
@@ -105,10 +107,20 @@ def are_cut(mesh: jax.sharding.Mesh) -> bool:
 
 
 def where_weights_fit(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
-    """Where the whole model is: in the host's memory, if devices hold only parts of it."""
+    """Where the whole model is: in the host's memory, if devices hold only parts of it.
+
+    Raises:
+        ValueError: JAX was told to do without the host.
+    """
     if not are_cut(mesh):
         return contextlib.nullcontext()
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise ValueError(
+            "A model that is cut over devices is read into the host's memory first, and JAX was "
+            f"told to do without: add cpu to JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu ({error})."
+        ) from error
 
 
 def put(
@@ -124,6 +136,17 @@ def put(
     places = training.placements(frozen, state.trainable, mesh, layouts=layouts)
     where = training.state_placement(state, places), places.frozen
     return (*training.place((state, frozen), where), places)
+
+
+def put_halves(
+    frozen: Any, trainable: Any, mesh: jax.sharding.Mesh, layouts: Any
+) -> tuple[Any, Any, training.Placement | None]:
+    """Both halves on the mesh, and where they are, without what an optimizer needs."""
+    if not are_cut(mesh):
+        return (*training.replicate((frozen, trainable), mesh), None)
+    places = training.placements(frozen, trainable, mesh, layouts=layouts)
+    put = training.place((frozen, trainable), (places.frozen, places.trainable))
+    return (*put, places)
 
 
 def make_train_step(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.train.running import steps
-from train import cli
+from train import cli, evaluate
 
 
 @pytest.fixture
@@ -56,6 +56,34 @@ def test_the_same_run(folder):
 def test_what_does_not_fit_is_said_before_anything_is_read(folder, capsys, arguments, message):
     assert train(folder, "data.train=" + str(folder / "rows.csv"), *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_where_it_was_trained(folder, capsys):
+    """On its own mesh, or on all devices side by side where that has become another."""
+    assert train(folder, "mesh.fsdp=4", "mesh.tensor=2") == 0
+    wanted = json.loads((folder / "out" / "result.json").read_text())["metrics"]
+    config = folder / "out" / "config.yaml"
+    written = config.read_text()
+    for text, said in ((written, False), (written.replace("fsdp: 4", "fsdp: 3"), True)):
+        config.write_text(text)
+        capsys.readouterr()
+        assert evaluate.main([str(folder / "out"), "--json"]) == 0
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert ("each device holds the whole model" in printed.err) == said
+
+
+def test_a_cut_model_needs_the_host(folder, capsys, monkeypatch):
+    """As with JAX_PLATFORMS=cuda, which leaves JAX without a CPU."""
+
+    def without(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr("jax.local_devices", without)
+    assert train(folder, "mesh.fsdp=8") == 2
+    assert "add cpu to JAX_PLATFORMS" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_a_dry_run_says_what_a_device_holds(folder, capsys):
