@@ -87,8 +87,23 @@ def gather_later(leaf: Any, places: Any, axis: str, layout: Layout) -> Any:
         (*one.spec, *[None] * (a.ndim - len(one.spec)))
         for a, one in zip(arrays, shardings, strict=True)
     ]
-    if not any(axis in spec for spec in specs):
+    kept = tuple(without(spec, axis) for spec in specs)
+    if kept == tuple(specs):
         return leaf
-    kept = tuple(tuple(None if name == axis else name for name in spec) for spec in specs)
     mesh = shardings[0].mesh
     return GatheredWeight(held=leaf, specs=kept, mesh=mesh, layout=layout, dtype=leaf.dtype)
+
+
+def without(spec: Spec, axis: str) -> Spec:
+    """How an array is cut once it is gathered over an axis of the mesh.
+
+    >>> without((None, "fsdp", ("tensor", "fsdp")), "fsdp")
+    (None, None, 'tensor')
+    """
+    return tuple(_other(names, axis) for names in spec)
+
+
+def _other(names: Any, axis: str) -> Any:
+    """What an axis of an array is cut over beside one axis of the mesh."""
+    kept = [name for name in (names if isinstance(names, tuple) else (names,)) if name != axis]
+    return tuple(kept) if len(kept) > 1 else (kept or [None])[0]

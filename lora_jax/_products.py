@@ -70,8 +70,15 @@ def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
     cut += [bool(jax.typeof(x).sharding.spec[contracting[0][0]])]
     cut += [step.eqn.params.get("out_sharding") is not None]
     matches = matches and not any(cut) and x.dtype == weight.w.dtype
-    rows = math.prod(jax.typeof(x).sharding.shard_shape(x.shape)) // max(1, ins) // shards
+    rows = x.size // max(1, ins) // (shards * _shards(x))
     return matches and pays(rows, ins, outs)
+
+
+def _shards(x: jax.Array) -> int:
+    """Into how many parts an array is cut, as far as JAX knows."""
+    found = jax.typeof(x).sharding
+    names = [name for part in found.spec if part for name in jax.tree.leaves(part)]
+    return math.prod(found.mesh.shape[name] for name in names)
 
 
 def _is_left_to_gspmd(x: jax.Array) -> bool:

@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._config import Layout
-from .._gathered import gather_later
+from .._gathered import gather_later, without
 from .._paths import flatten
 from .._quantized import QuantizedWeight, is_quantized
 from .._targets import matches
@@ -113,10 +113,12 @@ def placements(
             layout = ("in", "out")
         cut, failed = _cut(path, weight.shape, layout, mesh, rules)
         places[path] = None if leaf is None else _place(leaf, cut, layout, mesh)
+        if is_quantized(leaf):
+            failed |= _not_cut(places[path], cut)
         if trained is not None:
             moving[path] = _place(trained, cut, layout, mesh)
         known |= {path: layout} if layout is not None and cut else {}
-        shards = math.prod(mesh.shape[name] for name in cut.values())
+        shards = math.prod(mesh.shape[name] for name in cut.values() if name not in failed)
         whole += [
             Whole(path, name, why, round(_nbytes(weight) / shards * (1 - 1 / mesh.shape[name])))
             for name, why in failed.items()
@@ -151,11 +153,10 @@ def gathered_later(frozen: Any, placement: Placement) -> Any:
 def gathered_now(tree: Any, places: Any) -> Any:
     """A tree gathered over ``fsdp``, from where it is: factors, which are small, and tables."""
 
-    def without(place: NamedSharding) -> NamedSharding:
-        kept = (None if name == "fsdp" else name for name in place.spec)
-        return NamedSharding(place.mesh, PartitionSpec(*kept))
+    def gathered(place: NamedSharding) -> NamedSharding:
+        return NamedSharding(place.mesh, PartitionSpec(*without(tuple(place.spec), "fsdp")))
 
-    return jax.lax.with_sharding_constraint(tree, jax.tree.map(without, places))
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(gathered, places))
 
 
 def state_placement(state: Any, placement: Placement) -> Any:
@@ -193,6 +194,8 @@ def row_shards(placement: Placement | None, mesh: Mesh) -> int | None:
 
 Cut = Mapping[int, str]
 """Axis of a weight -> the mesh's axis that it is cut over."""
+
+KINDS = ("out", "in")  # the order in which schemes keep codes
 
 
 def _check_rules(rules: Rules, mesh: Mesh) -> None:
@@ -245,12 +248,28 @@ def _place(node: Any, cut: Cut, layout: Layout | None, mesh: Mesh) -> Any:
 
 
 def _place_codes(codes: QuantizedWeight, cut: Cut, mesh: Mesh) -> QuantizedWeight:
-    """Codes are kept by outputs, and of each output by inputs; blocks run through both."""
-    names = [next(filter(None, _names(cut, codes.layout, kind)), None) for kind in ("out", "in")]
+    """Codes are kept by outputs, and of each output by inputs; blocks run through both.
+
+    An array without an axis of inputs is cut by outputs for ``fsdp`` too, wherever that cuts the
+    weight: it is gathered before anything is made of it.
+    """
+    outs, ins = (next(filter(None, _names(cut, codes.layout, kind)), None) for kind in KINDS)
+    flat = tuple(name for name in (outs, ins) if name == "fsdp" or (name and name == outs))
     stack = [None] * codes.layout.count("stack")
-    return jax.tree.map(
-        lambda leaf: _sharding(mesh, leaf.shape, [*stack, *names[: leaf.ndim - len(stack)]]), codes
-    )
+
+    def place(leaf: Any) -> NamedSharding:
+        names = [outs, ins] if leaf.ndim - len(stack) > 1 else [flat]
+        return _sharding(mesh, leaf.shape, [*stack, *names][: leaf.ndim])
+
+    return jax.tree.map(place, codes)
+
+
+def _not_cut(places: QuantizedWeight, cut: Cut) -> dict[str, str]:
+    """What of the mesh was to cut a weight, and does not cut its codes, and why."""
+    spec = places.codes.spec  # pyright: ignore[reportAttributeAccessIssue]
+    used = {name for names in spec for name in (names if isinstance(names, tuple) else [names])}
+    why = f"{type(places).__name__} keeps codes by outputs, through all inputs of each"
+    return {name: why for name in cut.values() if name not in used}
 
 
 def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:
@@ -258,14 +277,19 @@ def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:
     return [cut.get(axis) for axis, own in enumerate(layout) if own == kind]
 
 
-def _sharding(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
-    """The axes cut over these axes of the mesh; whole where they do not divide."""
+def _sharding(mesh: Mesh, shape: Sequence[int], names: Sequence[Any]) -> NamedSharding:
+    """The axes cut over these axes of the mesh, or several; whole where they do not divide."""
     names = [*names, *[None] * (len(shape) - len(names))]
     spec = [
-        name if name and size % mesh.shape[name] == 0 else None
+        name if name and size % _count(mesh, name) == 0 else None
         for name, size in zip(names, shape, strict=True)
     ]
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _count(mesh: Mesh, names: str | Sequence[str]) -> int:
+    """Over how many devices one axis of the mesh goes, or several together."""
+    return math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names))
 
 
 def _nbytes(weight: Any) -> int:

@@ -281,6 +281,23 @@ def test_products_are_joined_where_no_in_axis_is_cut(alone, monkeypatch, axes, j
         assert {kind for kind, _ in moved(text)} == {"all-reduce"}
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("base", ["plain", "nf4", "int8"])
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"tensor": 4}])
+def test_a_device_holds_its_part_or_the_log_says_so(base, stacked, axes, caplog):
+    frozen, trainable, layouts = halves(base, stacked)
+    mesh = training.make_mesh(devices=jax.devices()[:4], **axes)
+    placement = training.placements(frozen, trainable, mesh, layouts=layouts)
+    placed = training.place(frozen, placement.frozen)
+    matrices = jax.tree.leaves({"embed": placed["embed"], "layers": placed["layers"]})
+    large = [leaf for leaf in matrices if leaf.nbytes >= 256]  # not the scales of scales
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in large)
+    more = sum(one.nbytes for one in placement.whole)
+    assert sum(leaf.nbytes for leaf in large) / 4 == pytest.approx(held - more, abs=256)
+    assert bool(placement.whole) == (base == "nf4" and "tensor" in axes)
+    assert ("through all inputs" in caplog.text) == bool(placement.whole)
+
+
 @pytest.mark.parametrize("base", ["plain", "nf4"])
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2}])
 def test_evaluation_reads_weights_where_they_are(base, axes):
