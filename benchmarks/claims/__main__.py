@@ -19,6 +19,10 @@ from .shapes import SHAPES
 
 PARTS = {"a": 1, "b": 4, "c": 2, "d": 3, "e": 2}  # shares of the time that is left
 MINUTES = 9.0
+POINT = (
+    *("part", "kind", "series", "size", "method", "batch", "length", "rank", "dtype"),
+    *("scan_layers", "remat"),
+)
 SECONDS = 3.0
 SPARE = 10.0  # seconds, for the tables and the figure
 
@@ -123,13 +127,25 @@ def earlier(files: Sequence[str]) -> dict[str, Any]:
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The parts of both; where both have one, the points of both."""
+    """The parts of both; where both have one, the points of both, the later of two alike."""
     both = {}
     for part, found in second.items():
         before = first.get(part, {})
         lists = {name: value for name, value in found.items() if name in ("rows", "machines")}
         both[part] = found | {name: before.get(name, []) + own for name, own in lists.items()}
+        if part != "a":  # that one is not measured
+            both[part]["rows"] = latest(both[part]["rows"])
     return first | both
+
+
+def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each point once: its last figures, or without any why it has none."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        point = tuple(row[name] for name in POINT)
+        if point not in found or row["status"] == "measured":
+            found[point] = row
+    return list(found.values())
 
 
 def write(out: Path, results: dict[str, Any]) -> None:

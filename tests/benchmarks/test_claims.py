@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.claims import arithmetic, clock, files, jobs, processes, worker
-from benchmarks.claims.__main__ import earlier, main
+from benchmarks.claims.__main__ import POINT, earlier, main
 from benchmarks.claims.jobs import Job
 from benchmarks.claims.shapes import SHAPES, TINY
 from benchmarks.claims.tables import table
@@ -112,18 +112,38 @@ def test_the_figure_is_a_png(command):
     assert (command[1] / "claims.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_earlier_results_join(tmp_path):
+def point(rank, status="measured", **figures):
+    names = dict.fromkeys(POINT, "") | {"part": "c", "rank": rank}
+    return names | {"status": status} | figures
+
+
+def test_earlier_results_join_and_each_point_stands_once(tmp_path):
     calls = [
-        {"a": {"rows": [1], "written": [1]}, "b": {"rows": [2], "machines": ["one"]}},
-        {"b": {"rows": [3], "machines": ["two"]}, "c": {"rows": [4], "machines": ["two"]}},
+        {
+            "a": {"rows": [1], "written": [1]},
+            "c": {
+                "rows": [point(1, ratio=1.0), point(2, "not run", why="late"), point(4, ratio=4.0)],
+                "machines": ["one"],
+            },
+        },
+        {
+            "b": {"rows": [point(8)], "machines": ["two"]},
+            "c": {
+                "rows": [point(1, "not run", why="late"), point(2, ratio=2.0), point(4, ratio=4.5)],
+                "machines": ["two"],
+            },
+        },
     ]
     names = [str(tmp_path / f"{number}.json") for number in range(len(calls))]
     for name, call in zip(names, calls, strict=True):
         Path(name).write_text(json.dumps(call))
     assert earlier(names) == {
         "a": {"rows": [1], "written": [1]},
-        "b": {"rows": [2, 3], "machines": ["one", "two"]},
-        "c": {"rows": [4], "machines": ["two"]},
+        "b": {"rows": [point(8)], "machines": ["two"]},
+        "c": {
+            "rows": [point(1, ratio=1.0), point(2, ratio=2.0), point(4, ratio=4.5)],
+            "machines": ["one", "two"],
+        },
     }
 
 
