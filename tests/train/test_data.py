@@ -6,7 +6,7 @@ import random
 import datasets
 import pytest
 
-from train import data
+from train import cli, data
 from train.config import DataSection
 
 ROWS = [("a fine film", 1), ('he said "dull', 0), ("null", 1), ("a, b and c", 0)]
@@ -259,3 +259,12 @@ def test_the_glue_files_are_read_as_they_are(data_dir, file, settings, count, na
     found = data.load_data(given)
     assert len(found.train.texts) + len(found.evaluation.texts) == count
     assert found.names == names
+
+
+def test_a_text_of_ten_megabytes_is_cut_as_any_other(folder, capsys):
+    text = f"{'fine' * 50} " * 50_000
+    assert len(text) > 10_000_000
+    with (folder / "rows.csv").open("a") as rows:
+        rows.write(f"{text},1\n")
+    assert cli.main([str(folder / "run.yaml"), "--dry-run"]) == 0
+    assert "1 of 301 texts were cut to 8 tokens" in capsys.readouterr().out
