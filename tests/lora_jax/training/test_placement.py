@@ -316,13 +316,22 @@ def test_evaluation_reads_weights_where_they_are(base, axes):
     assert_trees_close(jax.device_get(found), jax.device_get(wanted), relative=1e-5)
 
 
-def test_the_compiler_is_told_of_gathers_on_gpus_alone(alone, monkeypatch):
-    meshes = training.make_mesh(data=8), training.make_mesh(data=2, fsdp=4)
-    assert [_compiler.compiler_options(mesh) for mesh in meshes] == [None, None]
+@pytest.mark.parametrize(
+    ("axes", "options"),
+    [
+        ({"data": 4}, _compiler.WITHOUT_GATHERS),
+        ({"data": 2, "fsdp": 2}, _compiler.WITH_GATHERS),
+        ({"data": 2, "tensor": 2}, {}),
+        ({"data": 1}, {}),
+    ],
+)
+def test_the_compiler_is_told_on_gpus_alone(alone, monkeypatch, axes, options):
+    devices = math.prod(axes.values())
+    mesh = training.make_mesh(**axes, devices=jax.devices()[:devices])
+    assert _compiler.compiler_options(mesh) == {}
     monkeypatch.setattr(_compiler, "PLATFORMS", ("cpu",))
-    plain, cut = map(_compiler.compiler_options, meshes)
-    assert (plain, cut) == (None, dict(_compiler.OF_GATHERS))
-    found, _, _ = run("plain", True, 8, data=2, fsdp=4)  # XLA knows the option by this name
+    assert _compiler.compiler_options(mesh) == options
+    found, _, _ = run("plain", True, devices, **axes)  # XLA knows the options by these names
     assert_trees_close(found, alone("plain", True), relative=1e-3)
 
 
