@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import source_info_util
+from jax._src import core, source_info_util
 from jax.extend.core import Literal as Literal, Var as Var
 
 
@@ -58,3 +58,8 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = (len(part.vals) for part in eqn.params["ft_in"].unpack())
     return consts, carry
+
+
+def is_tracing() -> bool:
+    """Whether something is being traced: a call now would become part of it."""
+    return not core.trace_state_clean()

@@ -43,6 +43,10 @@ class GatheredWeight(HeldWeight):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.held.shape)
 
+    @property
+    def is_computed(self) -> bool:
+        return is_held(self.held)
+
     def whole(self) -> jax.Array:
         arrays, treedef = jax.tree.flatten(self.held)
         gathered = treedef.unflatten(

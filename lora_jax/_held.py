@@ -31,6 +31,11 @@ class HeldWeight:
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether the weight is computed from what is held, and not only brought together."""
+        return True
+
     def whole(self) -> jax.Array:
         """The weight, of its own shape and dtype."""
         raise NotImplementedError

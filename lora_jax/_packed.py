@@ -90,25 +90,32 @@ class Packed(Tracked):
         arrays, treedef = jax.tree.flatten(self.w)
         return arrays, lambda slices: self._inside(treedef.unflatten(slices))
 
-    def _read(self, step: Step) -> list[Any]:
-        """The equation as it stands, on a weight that is given back for it alone.
+    def read(self, fn: Callable[..., Any], *others: Any) -> Any:
+        """``fn(weight, *others)``, with the weight given back for it alone.
 
-        What waits passes a barrier together with the other operands: left alone, a compiler
-        dequantises the weights of all layers at the start, since nothing has to be waited for.
-        It has no gradient; JAX 0.10 would form one because the barrier joins them.
+        What waits passes a barrier together with the others: left alone, a compiler dequantises
+        the weights of all layers at the start, since nothing has to be waited for. It has no
+        gradient; JAX 0.10 would form one because the barrier joins them.
         """
-        others = [v for i, v in enumerate(step.operands) if i != step.position]
 
-        def read(packed, *others):
-            operands = list(others)
-            operands.insert(step.position, packed.materialize())
-            return bind(step.eqn, operands)
+        def given_back(packed: Packed, *others: Any) -> Any:
+            return fn(packed.materialize(), *others)
 
         held = self.w
         if held.waits:
             held, others = lax.optimization_barrier((held, others))
         held = jax.tree.map(lax.stop_gradient, held)
-        return jax.checkpoint(read)(dataclasses.replace(self, w=held), *others)
+        return jax.checkpoint(given_back)(dataclasses.replace(self, w=held), *others)
+
+    def _read(self, step: Step) -> list[Any]:
+        """The equation as it stands."""
+
+        def read(weight: jax.Array, *others: Any) -> list[Any]:
+            operands = list(others)
+            operands.insert(step.position, weight)
+            return bind(step.eqn, operands)
+
+        return self.read(read, *[v for i, v in enumerate(step.operands) if i != step.position])
 
     def _is_stacked(self) -> bool:
         """Whether axis 0 is the first of the stacked ones, which all arrays have too."""

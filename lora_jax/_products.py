@@ -20,8 +20,9 @@ from ._compat import varying_axes
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
 from ._joined import joined, pays, row_shards
+from ._packed import Packed
 from ._ranks import filled
-from ._tracked import Step, holds_codes
+from ._tracked import Step, Tracked
 
 LOW_RANK = "low_rank"
 """What ``x @ a`` is named for policies of `jax.checkpoint`."""
@@ -53,25 +54,31 @@ def _dot_general(weight: Factored, step: Step) -> list[Any] | None:
 
 
 def _can_join(weight: Factored, step: Step, order: tuple[int, int]) -> bool:
-    """Whether it is ``x @ w`` of a plain matrix, whole on every device, and `_joined` pays."""
+    """Whether it is ``x @ w`` of a matrix, whole when it is read, and `_joined` pays."""
     (contracting, batch), x = step.eqn.params["dimension_numbers"], step.operands[0]
-    is_plain = step.position == 1 and weight.w.ndim == 2 and not holds_codes(weight)
+    is_plain = step.position == 1 and weight.w.ndim == 2 and _is_moved_at_most(weight.w)
     if not (is_plain and order == (0, 1) and len(contracting[0]) == 1 and not batch[0]):
         return False
     (spent,) = contracting[1]
     ins, outs = weight.w.shape[spent], weight.w.shape[1 - spent]
     matches = weight.labels[spent] == "in" and weight.labels[1 - spent] == "out"
     # Joining what is cut along its in axis would move it, and GSPMD does not say what is.
-    left = any(_is_left_to_gspmd(one) for one in (x, weight.w, weight.a, weight.b))
+    weights = jax.tree.leaves((weight.w, weight.a, weight.b))
+    left = any(_is_left_to_gspmd(one) for one in (x, *weights))
     shards = row_shards() if left else 1
     if shards is None:
         return False
-    cut = [any(jax.typeof(one).sharding.spec) for one in (weight.w, weight.a, weight.b)]
+    cut = [any(jax.typeof(one).sharding.spec) for one in weights]
     cut += [bool(jax.typeof(x).sharding.spec[contracting[0][0]])]
     cut += [step.eqn.params.get("out_sharding") is not None]
     matches = matches and not any(cut) and x.dtype == weight.w.dtype
     rows = x.size // max(1, ins) // (shards * _shards(x))
     return matches and pays(rows, ins, outs)
+
+
+def _is_moved_at_most(w: Any) -> bool:
+    """Whether it is an array, or one that is gathered: what is computed costs a copy more."""
+    return not isinstance(w, Tracked) or (isinstance(w, Packed) and not w.w.is_computed)
 
 
 def _shards(x: jax.Array) -> int:
@@ -101,7 +108,12 @@ def _join(weight: Factored, step: Step) -> jax.Array:
     t = checkpoint_name(jnp.moveaxis(t.astype(dtype), -1, mine), LOW_RANK)
     b = jnp.moveaxis((weight.scale * b).astype(dtype), -1, spent)
     wanted = {name: params[name] for name in ("precision", "preferred_element_type")}
-    return joined(x, t, weight.w, b, (mine, spent), **wanted)
+
+    def whole(w: jax.Array, x: jax.Array, t: jax.Array, b: jax.Array) -> jax.Array:
+        return joined(x, t, w, b, (mine, spent), **wanted)
+
+    w = weight.w
+    return w.read(whole, x, t, b) if isinstance(w, Packed) else whole(w, x, t, b)
 
 
 def _order(weight: Factored, spent: Sequence[int]) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@
 
 Products of fewer columns than 16 run in slower kernels: a step of a Llama of 1B takes 239 ms with
 rank 4 on an H200, and 203 ms so (benchmarks/NOTES.md). The zeros exist inside the step alone.
+An entry of x that is infinite gives NaN there, where without it might give an infinity.
 """
 
 import jax

@@ -108,6 +108,8 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def check(chosen: argparse.Namespace) -> None:
     """Refuses before anything runs what no point could do."""
+    if chosen.rows is not None and chosen.rows < 1:
+        raise SystemExit(f"--rows counts from 1, got {chosen.rows}.")
     changes = [changes_of(variant) for variant in chosen.variants]
     check_remat(chosen.cases, [chosen.remat, *(change.get("remat") for change in changes)])
     for case in chosen.cases:

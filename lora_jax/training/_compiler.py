@@ -6,13 +6,18 @@ they are made of. A Llama of 1B takes 16.0 GiB so, as on one device, and 23.5 Gi
 
 Weights that are cut over ``fsdp`` are gathered by the layer, in place of one at a time: a product
 fills a GPU, so that a gather waits until one has ended, and fewer gathers wait less often. On
-H200s a step of a Llama of 8B takes 2.6 % less (benchmarks/NOTES.md).
+H200s a step of a Llama of 8B takes 2.7 % less (benchmarks/NOTES.md).
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
+
+from .._compat import is_tracing
 
 Options = Mapping[str, bool | int]
 
@@ -21,11 +26,38 @@ WITHOUT_GATHERS: Options = MappingProxyType({"xla_gpu_enable_latency_hiding_sche
 WITH_GATHERS: Options = MappingProxyType(
     {"xla_gpu_all_gather_combine_threshold_bytes": 400_000_000}
 )
-"""All weights of a layer of 8B in 16 bits, and a little; XLA's own is 30 MB."""
+"""Most weights of a layer of 8B in 16 bits; XLA's own is 30 MB."""
+
+
+def jit_over(mesh: Mesh, fn: Callable[..., Any], **settings: Any) -> Any:
+    """``jax.jit``, with `compiler_options`.
+
+    JAX takes options for whole programs alone: where something else traces the function, as one
+    step of many or to differentiate it, there are none.
+
+    Args:
+        mesh: The mesh of `make_mesh`.
+        fn: The function.
+        **settings: Of ``jax.jit``.
+
+    Returns:
+        A function with ``lower``, ``trace`` and ``eval_shape``, as ``jax.jit`` gives it.
+    """
+    alone = jax.jit(fn, **settings)
+    if not (options := compiler_options(mesh)):
+        return alone
+    told = jax.jit(fn, compiler_options=options, **settings)
+
+    @functools.wraps(fn)
+    def call(*args: Any) -> Any:
+        return (alone if is_tracing() else told)(*args)
+
+    vars(call).update(lower=told.lower, trace=told.trace, eval_shape=told.eval_shape)
+    return call
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
-    """The options of ``jax.jit`` for a step over this mesh; none are XLA's own.
+    """The options for a step over this mesh; none are XLA's own.
 
     Args:
         mesh: The mesh of `make_mesh`.

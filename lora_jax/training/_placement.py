@@ -11,7 +11,7 @@ divide stands whole on all of them, and the log says once what that costs.
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -101,28 +101,26 @@ def placements(
     """
     _check_rules(rules, mesh)
     leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
-    places: dict[str, Any] = {}
+    places: dict[str, Any] = dict.fromkeys(leaves)
     moving: dict[str, Any] = {}
     whole: list[Whole] = []
     known: dict[str, Layout] = {}
     for path, leaf in leaves.items():
         trained = trainable.get(path)
         weight: Any = trained if leaf is None else leaf
-        layout = trained.layout if isinstance(trained, Factors) else (layouts or {}).get(path)
-        if layout is None and len(weight.shape) == 2:
-            layout = ("in", "out")
-        cut, failed = _cut(path, weight.shape, layout, mesh, rules)
-        places[path] = None if leaf is None else _place(leaf, cut, layout, mesh)
-        if is_quantized(leaf):
-            failed |= _not_cut(places[path], cut)
+        layout = _layout(path, leaf, trained, layouts or {})
+        rule = _rule(path, weight.shape, mesh, rules)
+        cut, failed = _cut(weight.shape, layout, mesh, rule)
         if trained is not None:
-            moving[path] = _place(trained, cut, layout, mesh)
-        known |= {path: layout} if layout is not None and cut else {}
-        shards = math.prod(mesh.shape[name] for name in cut.values() if name not in failed)
-        whole += [
-            Whole(path, name, why, round(_nbytes(weight) / shards * (1 - 1 / mesh.shape[name])))
-            for name, why in failed.items()
-        ]
+            moving[path] = _place(trained, cut, mesh)
+        if isinstance(leaf, QuantizedWeight):
+            places[path] = _place_codes(leaf, rule, mesh)
+            failed = _of_codes(leaf, places[path], rule)
+        elif leaf is not None:
+            places[path] = _place(leaf, cut, mesh)
+        known |= {path: layout} if layout is not None and rule else {}
+        more = _more(weight, (moving if leaf is None else places)[path], rule.values(), mesh)
+        whole += [Whole(path, name, why, more[name]) for name, why in failed.items() if more[name]]
     if whole:
         _say(whole)
     return Placement(treedef.unflatten(places.values()), moving, known, tuple(whole))
@@ -195,8 +193,6 @@ def row_shards(placement: Placement | None, mesh: Mesh) -> int | None:
 Cut = Mapping[int, str]
 """Axis of a weight -> the mesh's axis that it is cut over."""
 
-KINDS = ("out", "in")  # the order in which schemes keep codes
-
 
 def _check_rules(rules: Rules, mesh: Mesh) -> None:
     for pattern, rule in rules.items():
@@ -209,18 +205,33 @@ def _check_rules(rules: Rules, mesh: Mesh) -> None:
             )
 
 
+def _layout(path: str, leaf: Any, trained: Any, layouts: Mapping[str, Layout]) -> Layout | None:
+    """What each axis of a weight does, as far as anything says so."""
+    if isinstance(trained, Factors):
+        return trained.layout
+    if path in layouts:
+        return layouts[path]
+    if is_quantized(leaf):
+        return leaf.layout
+    return ("in", "out") if len((trained if leaf is None else leaf).shape) == 2 else None
+
+
+def _rule(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> Mapping[str, str]:
+    """Kind of axis -> what of the mesh is to cut it, where that has more than one device."""
+    if len(shape) < 2:
+        return {}
+    rule = next((rule for pattern, rule in rules.items() if matches(pattern, path)), {})
+    return {kind: name for kind, name in rule.items() if mesh.shape[name] > 1}
+
+
 def _cut(
-    path: str, shape: Sequence[int], layout: Layout | None, mesh: Mesh, rules: Rules
+    shape: Sequence[int], layout: Layout | None, mesh: Mesh, rule: Mapping[str, str]
 ) -> tuple[Cut, dict[str, str]]:
     """How a weight is cut, and which axis of the mesh does not cut it, and why."""
-    if len(shape) < 2:
-        return {}, {}
-    rule = next((rule for pattern, rule in rules.items() if matches(pattern, path)), {})
     cut: dict[int, str] = {}
     failed: dict[str, str] = {}
     for kind, name in rule.items():
-        if (count := mesh.shape[name]) == 1:
-            continue
+        count = mesh.shape[name]
         if layout is None:
             failed[name] = f"nothing says which of its {len(shape)} axes are in and out"
             continue
@@ -234,42 +245,77 @@ def _cut(
     return cut, failed
 
 
-def _place(node: Any, cut: Cut, layout: Layout | None, mesh: Mesh) -> Any:
-    """A sharding for each array of a weight, of its codes, or of its factors."""
+def _place(node: Any, cut: Cut, mesh: Mesh) -> Any:
+    """A sharding for a weight, or for each of its factors."""
     if isinstance(node, Factors):
         ins, outs = (_names(cut, node.layout, kind) for kind in ("in", "out"))
         stack = [None] * node.layout.count("stack")
         a = _sharding(mesh, node.a.shape, [*stack, *ins])
         b = _sharding(mesh, node.b.shape, [*[None] * (len(node.b.shape) - len(outs)), *outs])
         return dataclasses.replace(node, a=a, b=b)
-    if is_quantized(node):
-        return _place_codes(node, cut, mesh)
     return _sharding(mesh, node.shape, [cut.get(axis) for axis in range(len(node.shape))])
 
 
-def _place_codes(codes: QuantizedWeight, cut: Cut, mesh: Mesh) -> QuantizedWeight:
-    """Codes are kept by outputs, and of each output by inputs; blocks run through both.
+def _place_codes(codes: QuantizedWeight, rule: Mapping[str, str], mesh: Mesh) -> QuantizedWeight:
+    """Each array is cut over as many devices as its sizes allow.
 
-    An array without an axis of inputs is cut by outputs for ``fsdp`` too, wherever that cuts the
-    weight: it is gathered before anything is made of it.
+    Codes are kept by outputs, and of each output by inputs. Where an array has no axis of inputs,
+    or one that does not divide, ``fsdp`` cuts outputs: the array is gathered before it is used.
     """
-    outs, ins = (next(filter(None, _names(cut, codes.layout, kind)), None) for kind in KINDS)
-    flat = tuple(name for name in (outs, ins) if name == "fsdp" or (name and name == outs))
+    outs, ins = rule.get("out"), rule.get("in")
     stack = [None] * codes.layout.count("stack")
+    along = tuple(name for name in (outs, ins) if name and name in (outs, "fsdp"))
 
     def place(leaf: Any) -> NamedSharding:
-        names = [outs, ins] if leaf.ndim - len(stack) > 1 else [flat]
-        return _sharding(mesh, leaf.shape, [*stack, *names][: leaf.ndim])
+        sizes = leaf.shape[len(stack) :]
+        options = [[outs, ins], [along], *([name] for name in along), []]
+        fitting = [
+            NamedSharding(mesh, PartitionSpec(*stack, *names))
+            for names in options
+            if len(names) <= len(sizes)
+            and all(n % _count(mesh, name) == 0 for n, name in zip(sizes, names, strict=False))
+        ]
+        return max(fitting, key=lambda found: _count(mesh, _used(found)))
 
     return jax.tree.map(place, codes)
 
 
-def _not_cut(places: QuantizedWeight, cut: Cut) -> dict[str, str]:
-    """What of the mesh was to cut a weight, and does not cut its codes, and why."""
-    spec = places.codes.spec  # pyright: ignore[reportAttributeAccessIssue]
-    used = {name for names in spec for name in (names if isinstance(names, tuple) else [names])}
-    why = f"{type(places).__name__} keeps codes by outputs, through all inputs of each"
-    return {name: why for name in cut.values() if name not in used}
+def _of_codes(
+    codes: QuantizedWeight, places: QuantizedWeight, rule: Mapping[str, str]
+) -> dict[str, str]:
+    """Which axis of the mesh does not cut all arrays of a weight's codes, and why."""
+    failed: dict[str, str] = {}
+    pairs = list(zip(jax.tree.leaves(codes), jax.tree.leaves(places), strict=True))
+    for kind, name in rule.items():
+        shapes = [leaf.shape for leaf, place in pairs if name not in _used(place)]
+        if not shapes:
+            continue
+        what = "scales" if name in _used(places.codes) else "codes"  # pyright: ignore
+        failed[name] = f"its {what} have the shape {shapes[0]}, which does not divide"
+        if kind == "in" and name != "fsdp" and (what == "scales" or codes.axes == 1):
+            kept = f"{type(codes).__name__} keeps {what} by outputs, through all inputs of each"
+            failed[name] = kept
+    return failed
+
+
+def _more(weight: Any, places: Any, names: Iterable[str], mesh: Mesh) -> dict[str, int]:
+    """For each axis of the mesh, the bytes that a device holds because it does not cut an array.
+
+    What is less than a hundredth of the weight does not count: scales of scales.
+    """
+    more = dict.fromkeys(names, 0.0)
+    for leaf, place in zip(jax.tree.leaves(weight), jax.tree.leaves(places), strict=True):
+        held = _nbytes(leaf) / _count(mesh, _used(place))
+        for name in [name for name in more if name not in _used(place)]:
+            more[name] += held * (1 - 1 / mesh.shape[name])
+            held /= mesh.shape[name]
+    least = _nbytes(weight) / 100
+    return {name: round(nbytes) if nbytes > least else 0 for name, nbytes in more.items()}
+
+
+def _used(place: NamedSharding) -> list[str]:
+    """The mesh's axes that cut an array."""
+    return jax.tree.leaves(tuple(place.spec))
 
 
 def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:
@@ -277,19 +323,19 @@ def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:
     return [cut.get(axis) for axis, own in enumerate(layout) if own == kind]
 
 
-def _sharding(mesh: Mesh, shape: Sequence[int], names: Sequence[Any]) -> NamedSharding:
-    """The axes cut over these axes of the mesh, or several; whole where they do not divide."""
+def _sharding(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
+    """The axes cut over these axes of the mesh; whole where they do not divide."""
     names = [*names, *[None] * (len(shape) - len(names))]
     spec = [
-        name if name and size % _count(mesh, name) == 0 else None
+        name if size % _count(mesh, name) == 0 else None
         for name, size in zip(names, shape, strict=True)
     ]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _count(mesh: Mesh, names: str | Sequence[str]) -> int:
-    """Over how many devices one axis of the mesh goes, or several together."""
-    return math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names))
+def _count(mesh: Mesh, names: Any) -> int:
+    """Over how many devices one axis of the mesh goes, several together, or none."""
+    return math.prod(mesh.shape[name] for name in jax.tree.leaves(names))
 
 
 def _nbytes(weight: Any) -> int:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from .._joined import cut_by_rows
 from ._batch import batch_sharding, check_batch
-from ._compiler import compiler_options
+from ._compiler import jit_over
 from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import replicated
 from ._placement import (
@@ -113,13 +113,8 @@ def make_train_step(
         ins, outs = (whole, whole, None), (whole, whole)
     else:
         ins, outs = (None, placement.frozen, None), (None, whole)
-    return jax.jit(
-        train_step,
-        in_shardings=ins,
-        out_shardings=outs,
-        donate_argnums=0,
-        compiler_options=compiler_options(mesh),
-    )
+    places = {"in_shardings": ins, "out_shardings": outs}
+    return jit_over(mesh, train_step, **places, donate_argnums=0)
 
 
 def make_eval_step(
@@ -154,12 +149,7 @@ def make_eval_step(
 
     whole = replicated(mesh)
     ins = (whole, whole) if placement is None else (placement.trainable, placement.frozen)
-    return jax.jit(
-        eval_step,
-        in_shardings=(*ins, None),
-        out_shardings=whole,
-        compiler_options=compiler_options(mesh),
-    )
+    return jit_over(mesh, eval_step, in_shardings=(*ins, None), out_shardings=whole)
 
 
 def in_precision(fn: Callable[..., Any], precision: Precision | None) -> Callable[..., Any]:

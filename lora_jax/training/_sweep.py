@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._joined import apart
 from .._weights import Factors
 from ._batch import BATCH_AXES, check_batch
+from ._compiler import jit_over
 from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import replicated
 from ._precision import Precision
@@ -175,7 +176,7 @@ def make_sweep_train_step(
             after = jax.tree.map(lambda all, own: all.at[chosen].set(own), state, after)
         return after, metrics
 
-    return jax.jit(train_step, out_shardings=replicated(mesh), donate_argnums=0)
+    return jit_over(mesh, train_step, out_shardings=replicated(mesh), donate_argnums=0)
 
 
 def make_sweep_eval_step(
@@ -205,7 +206,7 @@ def make_sweep_eval_step(
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), outputs)
 
     whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, whole, None), out_shardings=whole)
+    return jit_over(mesh, eval_step, in_shardings=(whole, whole, None), out_shardings=whole)
 
 
 def shard_batches(batches: Sequence[Tree], mesh: Mesh) -> Tree:

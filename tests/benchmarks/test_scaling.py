@@ -193,6 +193,12 @@ def test_devices_that_cannot_share_are_refused(tmp_path):
         main(["--devices", "3", "--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize("rows", ["0", "-2"])
+def test_a_device_has_a_row_at_least(tmp_path, rows):
+    with pytest.raises(SystemExit, match=f"counts from 1, got {rows}"):
+        main(["--rows", rows, "--out", str(tmp_path)])
+
+
 def test_multicast_is_off_whatever_the_shell_says(monkeypatch):
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     assert environment()["NCCL_NVLS_ENABLE"] == "0"

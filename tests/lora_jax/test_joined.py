@@ -187,6 +187,22 @@ def test_a_batch_may_be_sharded():
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("rows", "joins"), [(ROWS, False), (8 * ROWS, True)])
+def test_it_is_a_devices_rows_that_count(rows, joins):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    frozen, trainable = halves_of((INS, OUTS), "in out")
+    assert pays(rows, INS, OUTS)
+
+    def through_adapt(trainable, frozen, x):
+        return lora_jax.adapt(wide)(lora_jax.combine(frozen, trainable), x)
+
+    with jax.set_mesh(mesh):
+        frozen, trainable = jax.device_put((frozen, trainable), NamedSharding(mesh, P()))
+        x = jax.device_put(normal(5, rows, INS), NamedSharding(mesh, P("data")))
+        assert ("_joined" in str(jax.make_jaxpr(through_adapt)(trainable, frozen, x))) == joins
+
+
+@pytest.mark.usefixtures("here")
 def test_an_input_without_a_gradient_costs_none():
     x, t, w, b = matrices((2, 0))
     gradient = jax.make_jaxpr(jax.grad(lambda t: joined(x, t, w, b, (2, 0)).sum()))(t)

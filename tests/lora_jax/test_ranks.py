@@ -9,7 +9,7 @@ import lora_jax
 from lora_jax import _joined, _ranks
 from lora_jax.testing import assert_trees_close
 
-INS, OUTS = 24, 200
+ROWS, INS, OUTS = 64, 24, 200
 ROUNDING = float(np.finfo(np.float64).eps) * (INS + _ranks.WIDTH)
 
 
@@ -55,7 +55,7 @@ def figures(fn, rank, dropout=0.0):
     )
     frozen, trainable = lora_jax.split({"w": normal(0, *shape)}, config, jax.random.key(1))
     trainable = jax.tree.map(lambda leaf: leaf + 0.1, trainable)
-    x, key = normal(2, 5, INS), jax.random.key(3) if dropout else None
+    x, key = normal(2, ROWS, INS), jax.random.key(3) if dropout else None
 
     def through(trainable, x):
         return lora_jax.adapt(fn)(lora_jax.combine(frozen, trainable, dropout_key=key), x)
@@ -79,6 +79,7 @@ def test_it_changes_nothing_but_the_program(monkeypatch, fn, joins, rank):
     if joins:
         monkeypatch.setattr(_joined, "BACKENDS", (jax.default_backend(),))
     wanted, without = figures(fn, rank)
+    assert ("_joined" in without) == joins
     monkeypatch.setattr(_ranks, "BACKENDS", (jax.default_backend(),))
     found, program = figures(fn, rank)
     assert_trees_close(found, wanted, relative=100 * ROUNDING)

@@ -71,7 +71,7 @@ def test_a_run_is_evaluated_where_it_was_trained(folder, capsys):
         printed = capsys.readouterr()
         found = json.loads(printed.out)
         assert found == pytest.approx(wanted, rel=1e-5)
-        assert ("each device holds the whole model" in printed.err) == said
+        assert ("on 8 devices, each holds the whole model" in printed.err) == said
 
 
 def test_a_cut_model_needs_the_host(folder, capsys, monkeypatch):
