@@ -49,8 +49,8 @@ def jit_over(mesh: Mesh, fn: Callable[..., Any], **settings: Any) -> Any:
     told = jax.jit(fn, compiler_options=options, **settings)
 
     @functools.wraps(fn)
-    def call(*args: Any) -> Any:
-        return (alone if is_tracing() else told)(*args)
+    def call(*args: Any, **named: Any) -> Any:
+        return (alone if is_tracing() else told)(*args, **named)
 
     vars(call).update(lower=told.lower, trace=told.trace, eval_shape=told.eval_shape)
     return call

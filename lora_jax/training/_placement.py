@@ -68,7 +68,7 @@ class Placement(NamedTuple):
     Attributes:
         frozen: The structure of the frozen half, a ``NamedSharding`` for each array.
         trainable: The same of the trainable half.
-        layouts: Path -> layout, of what is cut.
+        layouts: Path -> layout, of what a rule cuts.
         whole: What could not be cut as its rule says.
     """
 

@@ -83,8 +83,8 @@ def make_train_step(
             Losses, norms and sums of gradients are float32 at least, whichever it is.
 
     Returns:
-        A jitted ``(state, frozen, batch) -> (state, metrics)``; it has ``.lower``. The state
-        that goes in is donated: its arrays are gone afterwards. ``metrics`` holds ``loss`` and
+        A jitted ``(state, frozen, batch) -> (state, metrics)``; it has ``.lower``, and may be part
+        of another jitted function. The state that goes in is donated: its arrays are gone afterwards. ``metrics`` holds ``loss`` and
         ``grad_norm``, ``()`` each, of this step's weights before their update.
 
     Raises:
