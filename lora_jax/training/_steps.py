@@ -84,8 +84,9 @@ def make_train_step(
 
     Returns:
         A jitted ``(state, frozen, batch) -> (state, metrics)``; it has ``.lower``, and may be part
-        of another jitted function. The state that goes in is donated: its arrays are gone afterwards. ``metrics`` holds ``loss`` and
-        ``grad_norm``, ``()`` each, of this step's weights before their update.
+        of another jitted function. The state that goes in is donated: its arrays are gone
+        afterwards. ``metrics`` holds ``loss`` and ``grad_norm``, ``()`` each, of this step's
+        weights before their update.
 
     Raises:
         ValueError: ``accumulate`` is below 1; or at the call, for a batch that does not divide
