@@ -19,10 +19,14 @@ QUICKSTART := .venv/quickstart-$(VERSION)
 STAMP := .installed
 PACKAGE := pyproject.toml setup.py
 
-.PHONY: help test lint format test-oracle test-compat quickstart quickstart-short flops which-python clean
+.PHONY: help environment environments test lint format test-oracle test-compat quickstart quickstart-short flops which-python clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+environment: $(TEST)/$(STAMP)
+
+environments: $(TEST)/$(STAMP) $(ORACLE)/$(STAMP) $(COMPAT)/$(STAMP) $(QUICKSTART)/$(STAMP)  ## make all that the targets need
 
 test: $(TEST)/$(STAMP)  ## all tests and doctests; PYTEST_ARGS="-k merge" chooses
 	$(TEST)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
