@@ -16,18 +16,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental import topologies
 
-import lora_jax
 import lora_jax.models._attention as attention
 from lora_jax import _joined, _ranks, training
 
+from .scaling.ours import TX, make_step, split
 from .scaling.points import WAYS, Point
 from .scaling.table import GIB
 from .scaling.wire import moved
-from .step.cases import ALPHA, CASES
-from .step.loss import make_loss
+from .step.cases import CASES
 from .step.ours import make_model, planned
 
 # An H200, as XLA asks about one; figures of the vendor's datasheet and of CUDA's limits.
@@ -123,21 +121,19 @@ def plan(point: Point, devices: Sequence[Any], options: dict[str, str]) -> dict[
         options: Of the compiler.
     """
     mesh = training.make_mesh(**{point.way: point.devices}, devices=devices)
-    model, shape = make_model(point), point.work.shape
-    config = lora_jax.LoraConfig(rank=shape.rank, alpha=ALPHA, **shape.lora)
-    tx = optax.adamw(1e-4)
+    model = make_model(point)
 
     def begin(params: Any) -> tuple[Any, Any]:
-        halves = lora_jax.split(params, config, jax.random.key(1), layouts=model.layouts)
-        return halves[0], training.init_state(halves[1], tx, jax.random.key(2))
+        frozen, trainable = split(model, point, params)
+        return frozen, training.init_state(trainable, TX, jax.random.key(2))
 
     frozen, state = jax.eval_shape(begin, model.params)
     placement = training.placements(frozen, state.trainable, mesh, layouts=model.layouts)
     state = _there(state, training.state_placement(state, placement))
     frozen = _there(frozen, placement.frozen)
-    rows = {"input_ids": jax.ShapeDtypeStruct((point.rows, shape.length), jnp.int32)}
-    loss = make_loss(model, (point.work.chunk or 0) * point.devices)
-    step = training.make_train_step(loss, tx, mesh, placement=placement)
+    size = (point.rows, point.work.shape.length)
+    rows = {"input_ids": jax.ShapeDtypeStruct(size, jnp.int32)}
+    step = make_step(model, point, mesh, placement)
     compiled = step.lower(state, frozen, rows).compile(compiler_options=options)
     return {"planned": planned(compiled), "wire": moved(compiled.as_text())}
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,19 +104,14 @@ def evaluate(
 
 def mesh_of(config: Any, console: Any) -> Any:
     """The mesh that the run trained on, or all of these devices side by side if they are others."""
-    import jax
-
     from lora_jax import training
 
-    from .model import make_mesh
-
-    sizes = config.mesh.model_dump()
-    count, asked = len(jax.devices()), math.prod(size or 1 for size in sizes.values())
-    if count % asked == 0 and (sizes["data"] is None or count == asked):
-        return make_mesh(config)
-    said = ", ".join(f"{name}={size}" for name, size in sizes.items() if size)
-    console.say(f"trained with {said}; on {count} devices, each holds the whole model")
-    return training.make_mesh()
+    try:
+        return training.make_mesh(**config.mesh.model_dump())
+    except ValueError as error:
+        mesh = training.make_mesh()
+        console.say(f"{error} Now, on {mesh.size} devices, each holds the whole model.")
+        return mesh
 
 
 def read_run(directory: Path, data: str | None) -> tuple[Any, tuple[str, ...]]:

@@ -131,9 +131,9 @@ def put(
     layouts: Any,
 ) -> tuple[training.TrainState, Any, training.Placement | None]:
     """State and frozen weights on the mesh, and where they are; None if whole on all devices."""
-    if not are_cut(mesh):
+    places = _placement(frozen, state.trainable, mesh, layouts)
+    if places is None:
         return (*training.replicate((state, frozen), mesh), None)
-    places = training.placements(frozen, state.trainable, mesh, layouts=layouts)
     where = training.state_placement(state, places), places.frozen
     return (*training.place((state, frozen), where), places)
 
@@ -142,11 +142,18 @@ def put_halves(
     frozen: Any, trainable: Any, mesh: jax.sharding.Mesh, layouts: Any
 ) -> tuple[Any, Any, training.Placement | None]:
     """Both halves on the mesh, and where they are, without what an optimizer needs."""
-    if not are_cut(mesh):
+    places = _placement(frozen, trainable, mesh, layouts)
+    if places is None:
         return (*training.replicate((frozen, trainable), mesh), None)
-    places = training.placements(frozen, trainable, mesh, layouts=layouts)
-    put = training.place((frozen, trainable), (places.frozen, places.trainable))
-    return (*put, places)
+    return (*training.place((frozen, trainable), (places.frozen, places.trainable)), places)
+
+
+def _placement(
+    frozen: Any, trainable: Any, mesh: jax.sharding.Mesh, layouts: Any
+) -> training.Placement | None:
+    if not are_cut(mesh):
+        return None
+    return training.placements(frozen, trainable, mesh, layouts=layouts)
 
 
 def make_train_step(

@@ -1,5 +1,6 @@
 """Our step over a mesh, through the public API alone; weights are drawn where they belong."""
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from lora_jax import models, training
 from .points import Point
 from .wire import moved
 
+TX = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
 
 def measure(point: Point) -> dict[str, Any]:
     """All figures of a point; see `benchmarks.scaling` for what each of them is."""
@@ -27,7 +30,7 @@ def measure(point: Point) -> dict[str, Any]:
     stopwatch = Stopwatch()
     say("drawing weights")
     model = make_model(point)
-    state, frozen, tx, placement = make_state(model, point, mesh)
+    state, frozen, placement = make_state(model, point, mesh)
     jax.block_until_ready((state, frozen))
     figures = {"setup_seconds": stopwatch.lap(), "setup_peak_bytes": peak_bytes(devices)}
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
@@ -36,14 +39,7 @@ def measure(point: Point) -> dict[str, Any]:
 
     say("compiling")
     stopwatch.lap()
-    chunk = point.work.chunk if point.chunk is None else point.chunk
-    step = training.make_train_step(
-        make_loss(model, chunk * point.devices),  # as many tokens on a device as on one alone
-        tx,
-        mesh,
-        placement=placement,
-        accumulate=point.passes,
-    )
+    step = make_step(model, point, mesh, placement)
     lowered = step.lower(state, frozen, data[0])
     figures["trace_seconds"] = stopwatch.lap()
     compiled = lowered.compile(compiler_options=point.xla)
@@ -60,24 +56,39 @@ def measure(point: Point) -> dict[str, Any]:
     return figures | machine(matmul=False)
 
 
+def make_step(
+    model: models.Pretrained, point: Point, mesh: Any, placement: training.Placement
+) -> Any:
+    """The jitted train step of a point."""
+    chunk = point.work.chunk if point.chunk is None else point.chunk
+    return training.make_train_step(
+        make_loss(model, chunk * point.devices),  # as many tokens on a device as on one alone
+        TX,
+        mesh,
+        placement=placement,
+        accumulate=point.passes,
+    )
+
+
+def split(model: models.Pretrained, point: Point, params: Any) -> tuple[Any, Any]:
+    """Both halves of a model's weights."""
+    shape = point.work.shape
+    config = lora_jax.LoraConfig(rank=shape.rank, alpha=ALPHA, **shape.lora)
+    return lora_jax.split(params, config, jax.random.key(1), layouts=model.layouts)
+
+
 def make_state(
     model: models.Pretrained, point: Point, mesh: Any
-) -> tuple[training.TrainState, Any, optax.GradientTransformation, training.Placement]:
-    """Both halves where they belong, the optimizer, and their places.
+) -> tuple[training.TrainState, Any, training.Placement]:
+    """Both halves where they belong, and their places.
 
     No device ever holds more of the base than its part, and the weight that is being drawn.
     """
-    shape = point.work.shape
-    config = lora_jax.LoraConfig(rank=shape.rank, alpha=ALPHA, **shape.lora)
-
-    def split(params: Any) -> tuple[Any, Any]:
-        return lora_jax.split(params, config, jax.random.key(1), layouts=model.layouts)
-
-    kept, trained = jax.eval_shape(split, model.params)
+    taken_apart = functools.partial(split, model, point)
+    kept, trained = jax.eval_shape(taken_apart, model.params)
     placement = training.placements(kept, trained, mesh, layouts=model.layouts)
     params = random_weights(model.params, point.work.scheme, placement.frozen)
-    frozen, trainable = split(params)
-    tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    state = training.init_state(trainable, tx, jax.random.key(2))
+    frozen, trainable = taken_apart(params)
+    state = training.init_state(trainable, TX, jax.random.key(2))
     state = training.place(state, training.state_placement(state, placement))
-    return state, frozen, tx, placement
+    return state, frozen, placement
