@@ -40,6 +40,7 @@ from .model import (
 from .optimizer import make_optimizer
 from .plan import check_vocabulary, make_plan, sized
 from .predictions import compiled_once, predictions
+from .sweep_figures import figures_of, until_stopped
 from .sweep_resume import check_directory, open_directory, resume
 from .tasks import Answers, Task, task_of
 
@@ -364,21 +365,6 @@ def log(sweep: Sweep, pending: list[Any], seconds: float, running: list[bool]) -
         tokens_per_second=sum(sum(own["tokens"]) for _, _, own in pending) / (seconds * steps),
         seconds_left=seconds * (plan.steps - step),
     )
-
-
-def figures_of(pending: list[Any], member: int) -> list[dict[str, Any]]:
-    """One member's figures, a row for each step."""
-    return [
-        {"step": step, **{name: own[chosen.index(member)] for name, own in figures.items()}}
-        for step, chosen, figures in pending
-        if member in chosen
-    ]
-
-
-def until_stopped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows up to the first that is not finite, and that one."""
-    stop = next((at for at, row in enumerate(rows) if not finetune.is_finite(row)), len(rows))
-    return rows[: stop + 1]
 
 
 def evaluate(
