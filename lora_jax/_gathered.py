@@ -48,12 +48,22 @@ class GatheredWeight(HeldWeight):
         return is_held(self.held)
 
     def whole(self) -> jax.Array:
+        gathered = self._gathered()
+        return gathered.whole() if is_held(gathered) else gathered.astype(self.dtype)
+
+    def arrived(self) -> HeldWeight:
+        return self._gathered() if is_held(self.held) else self
+
+    def _gathered(self) -> Any:
+        """The array or the codes, brought together."""
         arrays, treedef = jax.tree.flatten(self.held)
-        gathered = treedef.unflatten(
+        return treedef.unflatten(
             lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*spec)))
             for array, spec in zip(arrays, self.specs, strict=True)
         )
-        return gathered.whole() if is_held(gathered) else gathered.astype(self.dtype)
+
+    def again(self) -> Self:
+        return dataclasses.replace(self, held=lax.optimization_barrier(self.held))
 
     def astype(self, dtype: Any) -> Self:
         held = self.held.astype(dtype) if is_held(self.held) else self.held

@@ -40,6 +40,17 @@ class HeldWeight:
         """The weight, of its own shape and dtype."""
         raise NotImplementedError
 
+    def arrived(self) -> "HeldWeight":
+        """What is left to compute on a device that has all it needs for it."""
+        return self
+
+    def again(self) -> Self:
+        """What gives the weight back a second time, and no compiler takes for the first one.
+
+        Only of what does not wait.
+        """
+        raise NotImplementedError
+
     def astype(self, dtype: Any) -> Self:
         """The same arrays, giving back another dtype."""
         raise NotImplementedError

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from ._axes import moves
 from ._compat import bind, varying_axes
@@ -93,19 +94,21 @@ class Packed(Tracked):
     def read(self, fn: Callable[..., Any], *others: Any) -> Any:
         """``fn(weight, *others)``, with the weight given back for it alone.
 
-        What waits passes a barrier together with the others: left alone, a compiler dequantises
-        the weights of all layers at the start, since nothing has to be waited for. It has no
-        gradient; JAX 0.10 would form one because the barrier joins them.
+        A barrier holds what waits until the others are there: left alone, a compiler dequantises
+        the weights of all layers at the start, since nothing has to be waited for.
         """
 
         def given_back(packed: Packed, *others: Any) -> Any:
-            return fn(packed.materialize(), *others)
+            arrived = packed.w.arrived()
+            if arrived.waits and not packed.w.waits:
+                arrived, others = _wait(arrived, others)
+            return fn(dataclasses.replace(packed, w=arrived).materialize(), *others)
 
-        held = self.w
-        if held.waits:
-            held, others = lax.optimization_barrier((held, others))
-        held = jax.tree.map(lax.stop_gradient, held)
-        return jax.checkpoint(given_back)(dataclasses.replace(self, w=held), *others)
+        if self.w.waits:
+            held, others = _wait(self.w, others)
+            return jax.checkpoint(given_back)(dataclasses.replace(self, w=held), *others)
+        packed = dataclasses.replace(self, w=jax.tree.map(lax.stop_gradient, self.w))
+        return jax.checkpoint(_read_again(given_back), prevent_cse=False)(packed, *others)
 
     def _read(self, step: Step) -> list[Any]:
         """The equation as it stands."""
@@ -151,6 +154,42 @@ def _moved(weight: jax.Array, eqn: Any) -> jax.Array:
         return lax.pcast(weight, tuple(missing), to="varying") if missing else weight
     (weight,) = bind(eqn, [weight])
     return weight
+
+
+def _wait(held: HeldWeight, others: Any) -> tuple[HeldWeight, Any]:
+    """What is held, once the others are there.
+
+    It has no gradient; JAX 0.10 would form one because the barrier joins them.
+    """
+    held, others = lax.optimization_barrier((held, others))
+    return jax.tree.map(lax.stop_gradient, held), others
+
+
+def _read_again(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn(packed, *others)``, whose derivative gives the weight back a second time.
+
+        y = x @ whole(w)      dy = dx @ whole(barrier(w))
+
+    Rematerialised alone, ``fn`` would bring the second one together only once the gradient of ``y``
+    is there: one barrier holds both, so that no compiler takes the first weight for the second.
+    This one holds the weight alone, which may be on its way while another is used.
+    """
+
+    def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        packed, *others = primals
+        moved = [i for i, t in enumerate(tangents[1:]) if not isinstance(t, SymbolicZero)]
+        again = dataclasses.replace(packed, w=packed.w.again())
+
+        def of(*values: Any) -> Any:
+            full = dict(enumerate(others)) | dict(zip(moved, values, strict=True))
+            return fn(again, *full.values())
+
+        _, tangent = jax.jvp(of, [others[i] for i in moved], [tangents[1 + i] for i in moved])
+        return fn(*primals), tangent
+
+    reading = jax.custom_jvp(fn)
+    reading.defjvp(derivative, symbolic_zeros=True)
+    return reading
 
 
 @jax.jit
