@@ -5,8 +5,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.step import processes
@@ -72,7 +73,8 @@ def measured(
     def run(point: Point) -> dict[str, Any]:
         left = min(chosen.limit, end - time.monotonic())
         log = out / "scaling.log"
-        return processes.outcome("benchmarks.scaling.worker", point, left, log, environment())
+        variables = environment(point.xla)
+        return processes.outcome("benchmarks.scaling.worker", point, left, log, variables)
 
     if chosen.twice and point.contender == OURS:
         cold = run(point.replace(start_only=True))
@@ -95,9 +97,16 @@ def options(point: Point, chosen: argparse.Namespace) -> dict[str, Any]:
     return fields | {"twice": chosen.twice}
 
 
-def environment() -> dict[str, str]:
-    """The variables of a point's process."""
-    return processes.common() | FIXED
+def environment(options: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The variables of a point's process.
+
+    Args:
+        options: Of the compiler. They go into ``XLA_FLAGS``: what sends is set up before a program.
+    """
+    found = processes.common() | FIXED
+    flags = [f"--{name}={value.lower()}" for name, value in options.items()]
+    given = found.get("XLA_FLAGS", "").split()
+    return found | ({"XLA_FLAGS": " ".join([*given, *flags])} if flags else {})
 
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:

@@ -42,7 +42,7 @@ def measure(point: Point) -> dict[str, Any]:
     step = make_step(model, point, mesh, placement)
     lowered = step.lower(state, frozen, data[0])
     figures["trace_seconds"] = stopwatch.lap()
-    compiled = lowered.compile(compiler_options=point.xla)
+    compiled = lowered.compile()
     figures |= {"compile_seconds": stopwatch.lap(), "planned": planned(compiled)}
     figures |= {"compile_peak_bytes": peak_bytes(devices), "wire": moved(compiled.as_text())}
 

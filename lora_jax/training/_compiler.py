@@ -10,6 +10,8 @@ H200s a step of a Llama of 8B takes 2.7 % less (benchmarks/NOTES.md).
 """
 
 import functools
+import os
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -59,11 +61,19 @@ def jit_over(mesh: Mesh, fn: Callable[..., Any], **settings: Any) -> Any:
 def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
     """The options for a step over this mesh; none are XLA's own.
 
+    What ``XLA_FLAGS`` names stays as it is there.
+
     Args:
         mesh: The mesh of `make_mesh`.
     """
+    chosen = _options(mesh)
+    named = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
+    return {name: value for name, value in chosen.items() if name not in named}
+
+
+def _options(mesh: Mesh) -> Options:
     if mesh.devices.flat[0].platform not in PLATFORMS or mesh.shape["tensor"] > 1:
         return {}
     if mesh.shape["fsdp"] > 1:
-        return dict(WITH_GATHERS)
-    return dict(WITHOUT_GATHERS) if mesh.shape["data"] > 1 else {}
+        return WITH_GATHERS
+    return WITHOUT_GATHERS if mesh.shape["data"] > 1 else {}

@@ -202,6 +202,9 @@ def test_a_device_has_a_row_at_least(tmp_path, rows):
 def test_multicast_is_off_whatever_the_shell_says(monkeypatch):
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     assert environment()["NCCL_NVLS_ENABLE"] == "0"
+    flags = environment({"xla_gpu_enable_triton_gemm": "False"})["XLA_FLAGS"].split()
+    assert flags[-1] == "--xla_gpu_enable_triton_gemm=false"
+    assert flags[:-1] == os.environ.get("XLA_FLAGS", "").split()
 
 
 @pytest.mark.parametrize("case", ["tiny", "tiny-nf4"])

@@ -368,6 +368,17 @@ def test_the_compiler_is_told_on_gpus_alone(alone, monkeypatch, axes, options):
     assert_trees_close(found, alone("plain", True), relative=1e-3)
 
 
+@pytest.mark.parametrize("options", [_compiler.WITH_GATHERS, _compiler.WITHOUT_GATHERS])
+def test_what_the_user_told_the_compiler_stays(monkeypatch, options):
+    (name,) = options
+    axes = {"fsdp": 8} if options is _compiler.WITH_GATHERS else {"data": 8}
+    monkeypatch.setattr(_compiler, "PLATFORMS", ("cpu",))
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_autotune_level=0 --{name}=1")
+    assert _compiler.compiler_options(training.make_mesh(**axes)) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}_of_another=1")
+    assert _compiler.compiler_options(training.make_mesh(**axes)) == options
+
+
 @pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 4}])
 def test_a_step_that_the_compiler_is_told_of_may_be_part_of_more(monkeypatch, axes):
     monkeypatch.setattr(_compiler, "PLATFORMS", ("cpu",))
