@@ -1,6 +1,7 @@
 """The plot: tokens a second and efficiency over devices. Matplotlib comes with ``train``."""
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def _panels(left: Any, right: Any, scaling: str, rows: Sequence[Row]) -> None:
         at = [row["devices"] for row in own]
         percent = [100 * (efficiency(row, rows) or float("nan")) for row in own]
         for axes, values in ((left, [rate(row) for row in own]), (right, percent)):
-            axes.plot(at, values, STYLES[names[2]], color=colour, label=", ".join(names))
+            axes.plot(at, values, STYLES[names[2]], color=colour, label=_label(names))
     if scaling == "weak":
         for way, target in TARGETS.items():
             right.axhline(100 * target, color="black", linewidth=0.7, linestyle=STYLES[way][1:])
@@ -51,7 +52,7 @@ def _panels(left: Any, right: Any, scaling: str, rows: Sequence[Row]) -> None:
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.set_ylabel("tokens/s")
     right.set_ylabel("efficiency, %")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 105)
     counts = sorted({row["devices"] for row in rows})
     for axes in (left, right):
         axes.set_title(f"{scaling} scaling", fontsize=10)
@@ -59,4 +60,9 @@ def _panels(left: Any, right: Any, scaling: str, rows: Sequence[Row]) -> None:
         axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)  # also where nothing is to be drawn
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xlabel("devices")
-    left.legend(fontsize=8)
+    left.legend(fontsize=7).set_in_layout(False)  # a long line of it leaves the panels their size
+
+
+def _label(names: Sequence[str]) -> str:
+    """Of a line; the options of a variant below each other."""
+    return "\n    ".join(textwrap.wrap(", ".join(names).replace(",xla", ", xla"), 60))

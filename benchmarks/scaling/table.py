@@ -52,15 +52,21 @@ def rate(row: Row) -> float:
 def efficiency(row: Row, rows: Sequence[Row]) -> float | None:
     """Of a measured row; None if one device was not measured.
 
+    A variant that was measured over several devices alone stands beside what it varies.
+
     Args:
         row: The row.
         rows: All rows, that of one device among them.
     """
-    same = ("case", "contender", "scaling")
-    for other in rows:
-        alike = all(other[name] == row[name] for name in same)
-        if alike and other["devices"] == 1 and is_measured(other):
-            return rate(row) / (row["devices"] * rate(other))
+    plain = row["contender"].partition(",")[0]
+    shared = row["devices"] if row["scaling"] == "weak" else 1
+    for contender in (row["contender"], plain):
+        wanted = {"case": row["case"], "scaling": row["scaling"], "contender": contender}
+        for other in rows:
+            alike = all(other[name] == value for name, value in wanted.items())
+            alike = alike and other["devices"] == 1 and other["rows"] * shared == row["rows"]
+            if alike and is_measured(other):
+                return rate(row) / (row["devices"] * rate(other))
     return None
 
 

@@ -139,6 +139,19 @@ def test_efficiency_is_against_one_device_of_the_same_case_contender_and_scaling
     assert "| all-reduce 3.00 | 5.25 | 2.00 | - | 3.0 |" in line
 
 
+def test_a_variant_stands_beside_what_it_varies_and_no_other_work():
+    rows = [
+        row(1, 0.1),
+        row(8, 0.125, contender="ours, remat=full"),
+        row(8, 0.125, contender="ours, remat=full") | {"rows": 128},
+        row(1, 0.2, contender="ours, remat=none"),
+        row(8, 0.2, contender="ours, remat=none"),
+    ]
+    assert table.efficiency(rows[1], rows) == pytest.approx(0.8)
+    assert table.efficiency(rows[2], rows) is None
+    assert table.efficiency(rows[4], rows) == pytest.approx(1)
+
+
 def test_the_figure_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row(1, 0.1), row(2, 0.11), row(2, 0.12, contender="peft"), row(4, 0, status="late")]
