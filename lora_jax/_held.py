@@ -23,7 +23,7 @@ class HeldWeight:
         layout: What each axis of the weight does, static.
         dtype: Of the weight, static.
         waits: Whether it is given back only when the other operands of what reads it are there.
-            Otherwise a compiler may begin earlier.
+            Otherwise a compiler may begin to bring it together earlier.
     """
 
     waits: ClassVar[bool] = True

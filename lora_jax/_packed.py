@@ -20,6 +20,9 @@ from ._compat import bind, varying_axes
 from ._held import HeldWeight
 from ._tracked import Step, Tracked
 
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+"""The primitives that weights are for."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Later:
@@ -91,24 +94,37 @@ class Packed(Tracked):
         arrays, treedef = jax.tree.flatten(self.w)
         return arrays, lambda slices: self._inside(treedef.unflatten(slices))
 
-    def read(self, fn: Callable[..., Any], *others: Any) -> Any:
+    def read(self, fn: Callable[..., Any], *others: Any, early: bool = True) -> Any:
         """``fn(weight, *others)``, with the weight given back for it alone.
 
-        A barrier holds what waits until the others are there: left alone, a compiler dequantises
-        the weights of all layers at the start, since nothing has to be waited for.
+        A barrier holds what waits until the others are there, and in the backward pass until the
+        gradient is: left alone, a compiler dequantises the weights of all layers at once.
+
+        Args:
+            fn: What reads the weight.
+            *others: What else it reads.
+            early: Whether what does not wait may be brought together for the backward pass before
+                the gradient is there, where the compiler sees fit. Not for an ``fn`` that has a
+                derivative of its own.
         """
-
-        def given_back(packed: Packed, *others: Any) -> Any:
-            arrived = packed.w.arrived()
-            if arrived.waits and not packed.w.waits:
-                arrived, others = _wait(arrived, others)
-            return fn(dataclasses.replace(packed, w=arrived).materialize(), *others)
-
         if self.w.waits:
             held, others = _wait(self.w, others)
-            return jax.checkpoint(given_back)(dataclasses.replace(self, w=held), *others)
-        packed = dataclasses.replace(self, w=jax.tree.map(lax.stop_gradient, self.w))
-        return jax.checkpoint(_read_again(given_back), prevent_cse=False)(packed, *others)
+            return jax.checkpoint(_spend(fn))(dataclasses.replace(self, w=held), *others)
+
+        def first(packed: Packed, *others: Any) -> Any:
+            arrived = packed.w.arrived()
+            if arrived.waits:
+                arrived, others = _wait(arrived, others)
+            return _spend(fn)(dataclasses.replace(packed, w=arrived), *others)
+
+        def second(packed: Packed, *others: Any) -> Any:
+            arrived = packed.w.again().arrived()
+            spend = jax.checkpoint(_spend(fn)) if arrived.waits else _spend(fn)
+            return spend(dataclasses.replace(packed, w=arrived), *others)
+
+        if not early:
+            return jax.checkpoint(first)(self, *others)
+        return jax.checkpoint(_derived_from(second, first), prevent_cse=False)(self, *others)
 
     def _read(self, step: Step) -> list[Any]:
         """The equation as it stands."""
@@ -118,7 +134,8 @@ class Packed(Tracked):
             operands.insert(step.position, weight)
             return bind(step.eqn, operands)
 
-        return self.read(read, *[v for i, v in enumerate(step.operands) if i != step.position])
+        others = [value for i, value in enumerate(step.operands) if i != step.position]
+        return self.read(read, *others, early=step.eqn.primitive.name in PRODUCTS)
 
     def _is_stacked(self) -> bool:
         """Whether axis 0 is the first of the stacked ones, which all arrays have too."""
@@ -144,7 +161,7 @@ def pack(held: HeldWeight, path: str = "") -> Packed:
             f"{shapes}: a scan, vmap or stack has changed them. Give the adapted function the "
             "whole stack, and slice inside it."
         )
-    return Packed(held, path=path)
+    return Packed(jax.tree.map(lax.stop_gradient, held), path=path)
 
 
 def _moved(weight: jax.Array, eqn: Any) -> jax.Array:
@@ -156,6 +173,11 @@ def _moved(weight: jax.Array, eqn: Any) -> jax.Array:
     return weight
 
 
+def _spend(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` of the weight, as a function of what holds it."""
+    return lambda packed, *others: fn(packed.materialize(), *others)
+
+
 def _wait(held: HeldWeight, others: Any) -> tuple[HeldWeight, Any]:
     """What is held, once the others are there.
 
@@ -165,29 +187,28 @@ def _wait(held: HeldWeight, others: Any) -> tuple[HeldWeight, Any]:
     return jax.tree.map(lax.stop_gradient, held), others
 
 
-def _read_again(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn(packed, *others)``, whose derivative gives the weight back a second time.
+def _derived_from(second: Callable[..., Any], first: Callable[..., Any]) -> Callable[..., Any]:
+    """``first(packed, *others)``, with the derivative of ``second`` with respect to the others.
 
         y = x @ whole(w)      dy = dx @ whole(barrier(w))
 
-    Rematerialised alone, ``fn`` would bring the second one together only once the gradient of ``y``
-    is there: one barrier holds both, so that no compiler takes the first weight for the second.
-    This one holds the weight alone, which may be on its way while another is used.
+    Rematerialised alone, a function would bring the second weight together only once the gradient
+    of ``y`` is there: one barrier holds both, so that no compiler takes the first weight for the
+    second. This one holds the weight alone, which may be on its way while another is used.
     """
 
     def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
         packed, *others = primals
         moved = [i for i, t in enumerate(tangents[1:]) if not isinstance(t, SymbolicZero)]
-        again = dataclasses.replace(packed, w=packed.w.again())
 
         def of(*values: Any) -> Any:
             full = dict(enumerate(others)) | dict(zip(moved, values, strict=True))
-            return fn(again, *full.values())
+            return second(packed, *full.values())
 
         _, tangent = jax.jvp(of, [others[i] for i in moved], [tangents[1 + i] for i in moved])
-        return fn(*primals), tangent
+        return first(*primals), tangent
 
-    reading = jax.custom_jvp(fn)
+    reading = jax.custom_jvp(first)
     reading.defjvp(derivative, symbolic_zeros=True)
     return reading
 
