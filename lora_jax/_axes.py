@@ -47,6 +47,16 @@ def moves(eqn: Any, operands: Sequence[Any]) -> list[Move] | None:
     return rule(eqn, shape, operands)
 
 
+def takes_rows(numbers: Any, sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a gather is ``take(w, ids, axis)``: whole rows along one axis."""
+    rows = tuple(numbers.start_index_map)
+    whole = all(
+        n == size for i, (n, size) in enumerate(zip(shape, sizes, strict=True)) if i not in rows
+    )
+    is_plain = not numbers.operand_batching_dims and not numbers.start_indices_batching_dims
+    return len(rows) == 1 and tuple(numbers.collapsed_slice_dims) == rows and whole and is_plain
+
+
 def _transpose(eqn, shape, operands):
     order = tuple(eqn.params["permutation"])
 

@@ -2,12 +2,13 @@
 
     x @ w   ->   x @ whole(held)      once in the forward pass, again in the backward pass
 
-Two kinds: codes (`_quantized`), and parts of a weight on several devices (`_gathered`).
+Three kinds: codes (`_quantized`), and on several devices parts of a weight (`_gathered`) and of a
+table (`_table`).
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -17,7 +18,7 @@ from ._config import Layout
 
 @dataclasses.dataclass(frozen=True)
 class HeldWeight:
-    """Base of both. Every array that it holds has the weight's stacked axes first.
+    """Base of all. Every array that it holds has the weight's stacked axes first.
 
     Attributes:
         layout: What each axis of the weight does, static.
@@ -50,6 +51,17 @@ class HeldWeight:
         Only of what does not wait.
         """
         raise NotImplementedError
+
+    def rows(
+        self, take: Callable[[jax.Array, jax.Array], jax.Array], ids: jax.Array
+    ) -> jax.Array | None:
+        """Rows of a matrix, of its dtype, if it need not be whole for them; None if it has to be.
+
+        Args:
+            take: ``(array, ids) -> rows``, for any number of features.
+            ids: Which, ``(..., 1)``.
+        """
+        return None
 
     def astype(self, dtype: Any) -> Self:
         """The same arrays, giving back another dtype."""

@@ -15,7 +15,7 @@ import jax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ._axes import moves
+from ._axes import moves, takes_rows
 from ._compat import bind, varying_axes
 from ._held import HeldWeight
 from ._tracked import Step, Tracked
@@ -277,6 +277,25 @@ def _unstack(packed: Packed, step: Step) -> list[Any] | None:
     return [packed._inside(treedef.unflatten([leaf[row] for leaf in codes])) for row in rows]
 
 
+def _gather(packed: Packed, step: Step) -> list[Any] | None:
+    """``w[ids]`` of a matrix, rows along its first axis in place of that of the ids."""
+    params, ids = step.eqn.params, step.operands[-1]
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    is_plain = step.position == 0 and packed.ndim == 2 and takes_rows(numbers, sizes, packed.shape)
+    if not is_plain or (numbers.start_index_map, numbers.offset_dims) != ((0,), (ids.ndim - 1,)):
+        return None
+
+    def take(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return step.eqn.primitive.bind(table, ids, **params | {"slice_sizes": (1, table.shape[1])})
+
+    found = packed.w.rows(take, ids)
+    if found is None:
+        return None
+    for dtype in packed.casts:
+        found = found.astype(dtype)
+    return [found]
+
+
 def _stay(packed: Packed, step: Step) -> list[Any]:
     """What says something of a gradient or a residual, and codes are neither."""
     return [packed]
@@ -298,6 +317,7 @@ _RULES: dict[str, Callable[[Packed, Step], list[Any] | None]] = {
     "dynamic_slice": _dynamic_slice,
     "squeeze": _squeeze,
     "unstack": _unstack,
+    "gather": _gather,
     "name": _stay,
     "stop_gradient": _stay,
 }

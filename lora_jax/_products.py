@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ._axes import takes_rows
 from ._compat import varying_axes
 from ._contract import contract
 from ._factored import RANK, REPEATED, Factored
@@ -250,7 +251,7 @@ def _gather(weight: Factored, step: Step) -> list[Any] | None:
     """
     params = step.eqn.params
     numbers = params["dimension_numbers"]
-    if step.position != 0 or not _takes_rows(numbers, params["slice_sizes"], weight.w.shape):
+    if step.position != 0 or not takes_rows(numbers, params["slice_sizes"], weight.w.shape):
         return None
     (axis,) = numbers.start_index_map
     label = weight.labels[axis]
@@ -272,16 +273,6 @@ def _gather(weight: Factored, step: Step) -> list[Any] | None:
     dtype = base.dtype
     b = (weight.scale * b).astype(dtype)
     return [base + contract(a.astype(dtype), a_axes, b, b_axes, range(base.ndim), dtype=dtype)]
-
-
-def _takes_rows(numbers: Any, sizes: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether a gather is ``take(w, ids, axis)``: whole rows along one axis."""
-    rows = tuple(numbers.start_index_map)
-    whole = all(
-        n == size for i, (n, size) in enumerate(zip(shape, sizes, strict=True)) if i not in rows
-    )
-    is_plain = not numbers.operand_batching_dims and not numbers.start_indices_batching_dims
-    return len(rows) == 1 and tuple(numbers.collapsed_slice_dims) == rows and whole and is_plain
 
 
 def _gather_part(owned: bool, part: jax.Array, axis: int, step: Step, ndim: int) -> jax.Array:

@@ -22,6 +22,7 @@ from .._config import Layout
 from .._gathered import gather_later, without
 from .._paths import flatten
 from .._quantized import QuantizedWeight, is_quantized
+from .._table import look_up_parts
 from .._targets import matches
 from .._weights import Factors
 from ._batch import batch_shards
@@ -41,8 +42,11 @@ RULES: Rules = MappingProxyType(
 )
 """The first pattern to match a path decides."""
 
-GATHERED_ONCE = "[^/]*embed[^/]*|wte|wpe|lm_head"
-"""Weights that a step gathers once: tables that are read at both ends, and in every chunk of a loss
+TABLES = "[^/]*embed[^/]*|wte|wpe"
+"""Weights whose rows are looked up, where a device has its part of them."""
+
+GATHERED_ONCE = f"{TABLES}|lm_head"
+"""Weights that a step gathers once, if it reads them whole: they are read in every chunk of a loss
 (`lora_jax.ops.sum_in_chunks`), where each reading would gather them again."""
 
 
@@ -129,7 +133,8 @@ def placements(
 def gathered_later(frozen: Any, placement: Placement) -> Any:
     """The frozen half, gathered over ``fsdp`` only where an adapted function reads a weight.
 
-    Tables (`GATHERED_ONCE`) are gathered for all of the step.
+    Tables and heads (`GATHERED_ONCE`) are gathered for all of the step; rows of tables (`TABLES`)
+    are looked up in their parts.
 
     Args:
         frozen: Arrays, inside a jitted function over the mesh.
@@ -142,7 +147,10 @@ def gathered_later(frozen: Any, placement: Placement) -> Any:
         if leaf is None or path not in placement.layouts:
             return leaf
         if matches(GATHERED_ONCE, path):
-            return gathered_now(leaf, places[path])
+            whole = gathered_now(leaf, places[path])
+            if isinstance(leaf, QuantizedWeight) or not matches(TABLES, path):
+                return whole
+            return look_up_parts(leaf, whole, places[path], "fsdp", placement.layouts[path])
         return gather_later(leaf, places[path], "fsdp", placement.layouts[path])
 
     return treedef.unflatten(gathered(path, leaf) for path, leaf in leaves.items())

@@ -157,18 +157,21 @@ def test_data_parallel_sends_the_factors_gradients_alone():
 @pytest.mark.parametrize("base", ["plain", "nf4"])
 def test_fsdp_gathers_weights_and_nothing_of_a_batch(base):
     (_, trainable), _, text = run(base, False, 8, fsdp=8)
-    assert {kind for kind, _ in moved(text)} == {"all-gather", "all-reduce"}
+    sent = {"all-gather", "all-reduce", "all-to-all"}
+    assert {kind for kind, _ in moved(text)} == sent
+    # Of a batch, the ids, and the rows that the table has for them.
+    features = WIDTH // 8
+    rows = BATCH * LENGTH * features * 4
+    assert sum(count for kind, count in moved(text) if kind == "all-to-all") == rows
     summed = sum(count for kind, count in moved(text) if kind == "all-reduce")
     factors = sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
     assert factors <= summed <= factors + 64
     frozen, _, _ = halves(base, False)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
     gathered = sum(count for kind, count in moved(text) if kind == "all-gather")
-    # Each weight at most forwards and backwards, and the factors once; an embedding is read twice.
-    table = WORDS * WIDTH * 4
-    assert gathered <= 2 * held + 2 * table + factors
-    activations = f"f32[{BATCH},{LENGTH},"
-    assert activations not in text
+    # Each weight at most forwards and backwards, the factors and the ids once.
+    assert gathered <= 2 * held + factors + BATCH * LENGTH * 4
+    assert set(re.findall(rf"f32\[{BATCH},{LENGTH},(\d+)\]", text)) <= {str(features)}
     # The table, read at both ends, is gathered once.
     assert sum(count == WORDS * WIDTH * 4 for _, count in moved(text)) == 1
 

@@ -1,0 +1,107 @@
+"""A table whose features are cut over devices: rows are looked up in the parts, and then sent.
+
+    table[ids]   ==   all_to_all(part[all_gather(ids)])
+
+A batch has fewer rows than a table, which would be sent otherwise. What reads the table as a whole,
+as a head that is tied to it does, has it gathered, once; if nothing does, a compiler drops that.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ._config import Layout
+from ._held import HeldWeight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableWeight(HeldWeight):
+    """A table, ``(rows, features)``, of which each device has some features.
+
+    Attributes:
+        part: The array, cut.
+        gathered: The same array, whole.
+        batch: The mesh's axes that a batch is cut over along its first axis, static.
+        place: Where the part is, static.
+    """
+
+    waits: ClassVar[bool] = False
+
+    part: jax.Array
+    gathered: jax.Array
+    batch: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    place: NamedSharding = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.gathered.shape)
+
+    @property
+    def is_computed(self) -> bool:
+        return False
+
+    def whole(self) -> jax.Array:
+        return self.gathered.astype(self.dtype)
+
+    def again(self) -> Self:
+        return self  # it stays for all of the step
+
+    def rows(
+        self, take: Callable[[jax.Array, jax.Array], jax.Array], ids: jax.Array
+    ) -> jax.Array | None:
+        axis, mesh = self.place.spec[1], self.place.mesh
+        shards = math.prod(mesh.shape[name] for name in self.batch)
+        rows_of_one = math.prod(ids.shape[:-1]) // shards
+        if ids.ndim < 3 or ids.shape[0] % shards or rows_of_one >= self.shape[0]:
+            return None
+
+        def own(part: jax.Array, ids: jax.Array) -> jax.Array:
+            found = take(part, lax.all_gather(ids, axis, axis=0, tiled=True))
+            return lax.all_to_all(found, axis, split_axis=0, concat_axis=ids.ndim - 1, tiled=True)
+
+        by_rows = PartitionSpec(self.batch)
+        looked_up = jax.shard_map(
+            own,
+            mesh=mesh,
+            in_specs=(self.place.spec, by_rows),
+            out_specs=by_rows,
+            check_vma=False,
+        )
+        return looked_up(self.part, ids).astype(self.dtype)
+
+    def astype(self, dtype: Any) -> Self:
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def transposed(self, order: Sequence[int]) -> Self | None:
+        return None
+
+    def fits(self) -> bool:
+        return self.gathered.ndim == len(self.layout)
+
+
+def look_up_parts(
+    part: jax.Array, gathered: jax.Array, place: NamedSharding, axis: str, layout: Layout
+) -> Any:
+    """A table whose rows are looked up in its parts; the gathered one if it is not cut so.
+
+    Args:
+        part: The table, inside a jitted function over the mesh.
+        gathered: The same, gathered over an axis of the mesh.
+        place: Where the part is.
+        axis: That axis. A batch is cut over it, and over ``data``.
+        layout: What each axis of the table does.
+    """
+    sizes = place.mesh.shape
+    used = tuple(name for name, size in sizes.items() if size > 1)
+    if part.ndim != 2 or tuple(place.spec) != (None, axis) or not {*used} <= {"data", axis}:
+        return gathered
+    return TableWeight(
+        part=part, gathered=gathered, batch=used, place=place, layout=layout, dtype=part.dtype
+    )
