@@ -287,8 +287,12 @@ def test_fsdp_gathers_every_weight_forwards_and_at_most_once_more_backwards(fini
     row = rows["fsdp", 8]
     assert row["status"] == "measured"
     found = row["wire"]["results"]
-    assert found.keys() == {"all-gather", "all-reduce"}
+    assert found.keys() == {"all-gather", "all-reduce", "all-to-all"}
     assert row["trained_bytes"] <= found["all-reduce"] <= row["trained_bytes"] + SCALARS
+    # Rows of the embedding, of a device's part of the batch, in bfloat16 or float32.
+    shape = CASES["tiny"].shape
+    embedded = shape.batch * shape.length * shape.fields["hidden_size"]
+    assert found["all-to-all"] in (2 * embedded, 4 * embedded)
     model = ours.make_model(Job(case="tiny", contender="ours"))
     held = sum(leaf.size for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1)
     # Weights are bfloat16, of which a CPU makes float32 before it gathers them.
