@@ -21,7 +21,7 @@ from ._held import HeldWeight
 from ._tracked import Step, Tracked
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-"""The primitives that weights are for."""
+"""Primitives that read a weight and call no function, whose derivative might be its own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,8 +26,8 @@ class TableWeight(HeldWeight):
     """A table, ``(rows, features)``, of which each device has some features.
 
     Attributes:
-        part: The array, cut.
-        gathered: The same array, whole.
+        part: The array, cut: ``(rows, features / devices)`` on each device.
+        gathered: The same array, ``(rows, features)`` on each, once something reads it.
         batch: The mesh's axes that a batch is cut over along its first axis, static.
         place: Where the part is, static.
     """
@@ -92,7 +92,7 @@ def look_up_parts(
     """A table whose rows are looked up in its parts; the gathered one if it is not cut so.
 
     Args:
-        part: The table, inside a jitted function over the mesh.
+        part: The table, ``(rows, features)`` of any dtype, inside a jitted function over the mesh.
         gathered: The same, gathered over an axis of the mesh.
         place: Where the part is.
         axis: That axis. A batch is cut over it, and over ``data``.
