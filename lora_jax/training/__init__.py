@@ -16,6 +16,7 @@ from ._mesh import (
 )
 from ._placement import (
     RULES as RULES,
+    RULES_WITHOUT_TENSOR as RULES_WITHOUT_TENSOR,
     Placement as Placement,
     placements as placements,
     state_placement as state_placement,

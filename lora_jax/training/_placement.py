@@ -1,7 +1,8 @@
 """Where weights live on a mesh: each is cut over devices by a rule on its path and its axes.
 
     w (in, out)   P("fsdp", "tensor")     most matrices
-    w (in, out)   P("tensor", "fsdp")     those that bring a layer's features back together
+    w (in, out)   P("tensor", "fsdp")     those that bring a layer's features back together, and
+                                          tables; without ``tensor``, tables alone
     a (in, rank)  as the in axes of w     b (rank, out)  as the out axes of w
 
 The rank and stacked axes are never cut, nor are vectors. An axis that a number of devices does not
@@ -33,17 +34,21 @@ log = logging.getLogger(__name__)
 Rules = Mapping[str, Mapping[str, str]]
 """Pattern of paths, as in `LoraConfig` -> axis kind (``"in"``, ``"out"``) -> axis of the mesh."""
 
+TABLES = "[^/]*embed[^/]*|wte|wpe"
+"""Weights whose rows are looked up, where a device has its part of them."""
+
 RULES: Rules = MappingProxyType(
     {
         "out|down|output|o_proj|down_proj|wo": {"in": "tensor", "out": "fsdp"},
-        "[^/]*embed[^/]*|wte|wpe": {"in": "tensor", "out": "fsdp"},
+        TABLES: {"in": "tensor", "out": "fsdp"},
         ".*": {"in": "fsdp", "out": "tensor"},
     }
 )
 """The first pattern to match a path decides."""
 
-TABLES = "[^/]*embed[^/]*|wte|wpe"
-"""Weights whose rows are looked up, where a device has its part of them."""
+RULES_WITHOUT_TENSOR: Rules = MappingProxyType({TABLES: {"out": "fsdp"}, ".*": {"in": "fsdp"}})
+"""Where no device computes with its part alone: parts are rows, one after the other in memory, so
+that nothing is transposed before it is gathered or after."""
 
 GATHERED_ONCE = f"{TABLES}|lm_head"
 """Weights that a step gathers once, if it reads them whole: they are read in every chunk of a loss
@@ -88,7 +93,7 @@ def placements(
     mesh: Mesh,
     *,
     layouts: Mapping[str, Layout] | None = None,
-    rules: Rules = RULES,
+    rules: Rules | None = None,
 ) -> Placement:
     """Chooses a sharding for each array of both halves.
 
@@ -98,11 +103,14 @@ def placements(
         mesh: The mesh of `make_mesh`.
         layouts: Path -> layout of weights without factors, as `lora_jax.layouts` measures it.
             A matrix is ``(in, out)`` without; a weight of more axes stands whole on all devices.
-        rules: Which axes are cut over which of the mesh. The first pattern to match decides.
+        rules: Which axes are cut over which of the mesh. The first pattern to match decides. None
+            is `RULES`, or `RULES_WITHOUT_TENSOR` where the mesh has one device along ``tensor``.
 
     Raises:
         ValueError: A rule names an axis that the mesh has not.
     """
+    if rules is None:
+        rules = RULES if mesh.shape["tensor"] > 1 else RULES_WITHOUT_TENSOR
     _check_rules(rules, mesh)
     leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
     places: dict[str, Any] = dict.fromkeys(leaves)

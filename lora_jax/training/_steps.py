@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from .._joined import cut_by_rows
 from ._batch import batch_sharding, check_batch
+from ._bucket import gathered_in_buckets
 from ._compiler import jit_over
 from ._gradient import LossFn, StepKeys, mean_gradient
 from ._mesh import replicated
 from ._placement import (
     Placement,
     gathered_later,
-    gathered_now,
     row_shards,
     state_placement,
 )
@@ -168,7 +168,7 @@ def _as_read(trainable: Any, frozen: Any, placement: Placement | None) -> tuple[
     """Both halves as a function over the mesh reads them."""
     if placement is None:
         return trainable, frozen
-    trainable = gathered_now(trainable, placement.trainable)
+    trainable = gathered_in_buckets(trainable, placement.trainable, "fsdp")
     return trainable, gathered_later(frozen, placement)
 
 

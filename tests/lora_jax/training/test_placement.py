@@ -192,6 +192,21 @@ def test_a_device_holds_its_part():
     assert shard.data.shape == (WIDTH // 4, WIDE // 2)
 
 
+@pytest.mark.parametrize(
+    ("axes", "down"),
+    [({"fsdp": 4}, P("fsdp", None)), ({"fsdp": 2, "tensor": 2}, P("tensor", "fsdp"))],
+)
+def test_parts_are_rows_where_nothing_computes_with_them(axes, down):
+    frozen, trainable, layouts = halves("plain", False)
+    mesh = training.make_mesh(devices=jax.devices()[:4], **axes)
+    placement = training.placements(frozen, trainable, mesh, layouts=layouts)
+    first = placement.frozen["layers"][0]
+    up = P("fsdp", "tensor") if "tensor" in axes else P("fsdp", None)
+    found = [first["up"].spec, first["down"].spec, placement.trainable["layers/0/down"].a.spec]
+    assert found == [up, down, P(down[0], None)]
+    assert placement.frozen["embed"]["embedding"].spec[1] == "fsdp"
+
+
 def test_what_does_not_divide_stands_whole_and_is_said_once(caplog):
     params = {"up": jnp.ones((30, 64)), "down": jnp.ones((64, 30))}
     config = lora_jax.LoraConfig(rank=2, alpha=4.0, targets=("up", "down"))
