@@ -3,7 +3,8 @@
     w (in, out)   P("fsdp", "tensor")     most matrices
     w (in, out)   P("tensor", "fsdp")     those that bring a layer's features back together, and
                                           tables; without ``tensor``, tables alone
-    a (in, rank)  as the in axes of w     b (rank, out)  as the out axes of w
+    a (in, rank)  as the in axes of w     b (rank, out)  as the out axes of w, and each of them
+                                          over ``fsdp`` where its weight is
 
 The rank and stacked axes are never cut, nor are vectors. An axis that a number of devices does not
 divide stands whole on all of them, and the log says once what that costs.
@@ -265,6 +266,8 @@ def _place(node: Any, cut: Cut, mesh: Mesh) -> Any:
     """A sharding for a weight, or for each of its factors."""
     if isinstance(node, Factors):
         ins, outs = (_names(cut, node.layout, kind) for kind in ("in", "out"))
+        if "fsdp" in cut.values():
+            ins, outs = _also_over("fsdp", ins), _also_over("fsdp", outs)
         stack = [None] * node.layout.count("stack")
         a = _sharding(mesh, node.a.shape, [*stack, *ins])
         b = _sharding(mesh, node.b.shape, [*[None] * (len(node.b.shape) - len(outs)), *outs])
@@ -332,6 +335,12 @@ def _more(weight: Any, places: Any, names: Iterable[str], mesh: Mesh) -> dict[st
 def _used(place: NamedSharding) -> list[str]:
     """The mesh's axes that cut an array."""
     return jax.tree.leaves(tuple(place.spec))
+
+
+def _also_over(axis: str, names: Sequence[str | None]) -> list[str | None]:
+    """What cuts some axes, and an axis of the mesh the first that nothing cuts, unless it does."""
+    free = -1 if axis in names or None not in names else names.index(None)
+    return [axis if i == free else name for i, name in enumerate(names)]
 
 
 def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:

@@ -202,8 +202,9 @@ def test_parts_are_rows_where_nothing_computes_with_them(axes, down):
     placement = training.placements(frozen, trainable, mesh, layouts=layouts)
     first = placement.frozen["layers"][0]
     up = P("fsdp", "tensor") if "tensor" in axes else P("fsdp", None)
-    found = [first["up"].spec, first["down"].spec, placement.trainable["layers/0/down"].a.spec]
-    assert found == [up, down, P(down[0], None)]
+    factors = placement.trainable["layers/0/down"]
+    found = [first["up"].spec, first["down"].spec, factors.a.spec, factors.b.spec]
+    assert found == [up, down, P(down[0], None), P(None, "fsdp")]
     assert placement.frozen["embed"]["embedding"].spec[1] == "fsdp"
 
 
