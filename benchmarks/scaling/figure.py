@@ -60,7 +60,8 @@ def _panels(left: Any, right: Any, scaling: str, rows: Sequence[Row]) -> None:
         axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)  # also where nothing is to be drawn
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xlabel("devices")
-    left.legend(fontsize=7).set_in_layout(False)  # a long line of it leaves the panels their size
+    legend = right.legend(fontsize=7, loc="lower left")  # where efficiencies seldom are
+    legend.set_in_layout(False)  # a long line of it leaves the panels their size
 
 
 def _label(names: Sequence[str]) -> str:
