@@ -25,9 +25,12 @@ class HeldWeight:
         dtype: Of the weight, static.
         waits: Whether it is given back only when the other operands of what reads it are there.
             Otherwise a compiler may begin to bring it together earlier.
+        stays: Whether the weight itself is there for all of a step once something has read it.
+            Otherwise it is given back for each reading alone.
     """
 
     waits: ClassVar[bool] = True
+    stays: ClassVar[bool] = False
 
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -48,7 +51,7 @@ class HeldWeight:
     def again(self) -> Self:
         """What gives the weight back a second time, and no compiler takes for the first one.
 
-        Only of what does not wait.
+        Only of what neither waits nor stays.
         """
         raise NotImplementedError
 
@@ -93,6 +96,15 @@ class HeldWeight:
     def size(self) -> int:
         """How many entries the weight has."""
         return math.prod(self.shape)
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(
+            f"A weight of shape {self.shape} is held as a {type(self).__name__}, and something "
+            "reads it as an array: only functions that `lora_jax.adapt` has lifted do that."
+        )
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.__jax_array__()
 
 
 def is_held(leaf: Any) -> bool:

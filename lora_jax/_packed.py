@@ -107,6 +107,8 @@ class Packed(Tracked):
                 the gradient is there, where the compiler sees fit. Not for an ``fn`` that has a
                 derivative of its own.
         """
+        if self.w.stays:
+            return _spend(fn)(self, *others)
         if self.w.waits:
             held, others = _wait(self.w, others)
             return jax.checkpoint(_spend(fn))(dataclasses.replace(self, w=held), *others)

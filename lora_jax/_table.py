@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._config import Layout
 from ._held import HeldWeight
@@ -30,14 +30,17 @@ class TableWeight(HeldWeight):
         gathered: The same array, ``(rows, features)`` on each, once something reads it.
         batch: The mesh's axes that a batch is cut over along its first axis, static.
         place: Where the part is, static.
+        passes: How often a step looks up rows, static. The whole table would be sent once.
     """
 
     waits: ClassVar[bool] = False
+    stays: ClassVar[bool] = True
 
     part: jax.Array
     gathered: jax.Array
     batch: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     place: NamedSharding = dataclasses.field(metadata={"static": True})
+    passes: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,20 +53,19 @@ class TableWeight(HeldWeight):
     def whole(self) -> jax.Array:
         return self.gathered.astype(self.dtype)
 
-    def again(self) -> Self:
-        return self  # it stays for all of the step
-
     def rows(
         self, take: Callable[[jax.Array, jax.Array], jax.Array], ids: jax.Array
     ) -> jax.Array | None:
         axis, mesh = self.place.spec[1], self.place.mesh
         shards = math.prod(mesh.shape[name] for name in self.batch)
         rows_of_one = math.prod(ids.shape[:-1]) // shards
-        if ids.ndim < 3 or ids.shape[0] % shards or rows_of_one >= self.shape[0]:
+        if ids.ndim < 3 or ids.shape[0] % shards or self.passes * rows_of_one >= self.shape[0]:
+            return None
+        if _is_inside_another(mesh):
             return None
 
         def own(part: jax.Array, ids: jax.Array) -> jax.Array:
-            found = take(part, lax.all_gather(ids, axis, axis=0, tiled=True))
+            found = take(part, lax.all_gather(ids, axis, axis=0, tiled=True)).astype(self.dtype)
             return lax.all_to_all(found, axis, split_axis=0, concat_axis=ids.ndim - 1, tiled=True)
 
         by_rows = PartitionSpec(self.batch)
@@ -74,7 +76,7 @@ class TableWeight(HeldWeight):
             out_specs=by_rows,
             check_vma=False,
         )
-        return looked_up(self.part, ids).astype(self.dtype)
+        return looked_up(self.part, ids)
 
     def astype(self, dtype: Any) -> Self:
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
@@ -86,8 +88,19 @@ class TableWeight(HeldWeight):
         return self.gathered.ndim == len(self.layout)
 
 
+def _is_inside_another(mesh: Mesh) -> bool:
+    """Whether a mesh that is set around has other axes: a `shard_map` over this one cannot be."""
+    around = jax.sharding.get_abstract_mesh()
+    return not around.empty and around != mesh.abstract_mesh
+
+
 def look_up_parts(
-    part: jax.Array, gathered: jax.Array, place: NamedSharding, axis: str, layout: Layout
+    part: jax.Array,
+    gathered: jax.Array,
+    place: NamedSharding,
+    axis: str,
+    layout: Layout,
+    passes: int = 1,
 ) -> Any:
     """A table whose rows are looked up in its parts; the gathered one if it is not cut so.
 
@@ -97,11 +110,18 @@ def look_up_parts(
         place: Where the part is.
         axis: That axis. A batch is cut over it, and over ``data``.
         layout: What each axis of the table does.
+        passes: How often a step looks up rows.
     """
     sizes = place.mesh.shape
     used = tuple(name for name, size in sizes.items() if size > 1)
     if part.ndim != 2 or tuple(place.spec) != (None, axis) or not {*used} <= {"data", axis}:
         return gathered
     return TableWeight(
-        part=part, gathered=gathered, batch=used, place=place, layout=layout, dtype=part.dtype
+        part=part,
+        gathered=gathered,
+        batch=used,
+        place=place,
+        passes=passes,
+        layout=layout,
+        dtype=part.dtype,
     )

@@ -139,7 +139,7 @@ def placements(
     return Placement(treedef.unflatten(places.values()), moving, known, tuple(whole))
 
 
-def gathered_later(frozen: Any, placement: Placement) -> Any:
+def gathered_later(frozen: Any, placement: Placement, passes: int = 1) -> Any:
     """The frozen half, gathered over ``fsdp`` only where an adapted function reads a weight.
 
     Tables and heads (`GATHERED_ONCE`) are gathered for all of the step; rows of tables (`TABLES`)
@@ -148,6 +148,7 @@ def gathered_later(frozen: Any, placement: Placement) -> Any:
     Args:
         frozen: Arrays, inside a jitted function over the mesh.
         placement: Where they are.
+        passes: How often a step reads them: once for each part of a batch.
     """
     leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
     places, _ = flatten(placement.frozen, is_leaf=lambda leaf: leaf is None)
@@ -159,7 +160,8 @@ def gathered_later(frozen: Any, placement: Placement) -> Any:
             whole = gathered_now(leaf, places[path])
             if isinstance(leaf, QuantizedWeight) or not matches(TABLES, path):
                 return whole
-            return look_up_parts(leaf, whole, places[path], "fsdp", placement.layouts[path])
+            layout = placement.layouts[path]
+            return look_up_parts(leaf, whole, places[path], "fsdp", layout, passes)
         return gather_later(leaf, places[path], "fsdp", placement.layouts[path])
 
     return treedef.unflatten(gathered(path, leaf) for path, leaf in leaves.items())

@@ -71,7 +71,8 @@ def make_train_step(
     Args:
         loss_fn: ``(trainable, frozen, batch, keys) -> ()``, the mean over the batch, each example
             alike; or ``-> (sum, weight)``, ``()`` each, whose quotient is the loss: a mean over
-            tokens, of which batches have more or fewer.
+            tokens, of which batches have more or fewer. Only adapted functions read ``frozen``:
+            what is quantised, or cut over ``fsdp``, is no array there, nor a leaf for each weight.
         tx: The optimizer.
         mesh: The mesh of `make_mesh`: batches are cut over its axes ``data`` and ``fsdp``.
         placement: Where both halves live, of `placements`; None is whole on every device.
@@ -100,7 +101,7 @@ def make_train_step(
         check_batch(batch, mesh, accumulate)
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         keys = step_keys(state.key, state.step)
-        trainable, frozen = _as_read(state.trainable, frozen, placement)
+        trainable, frozen = _as_read(state.trainable, frozen, placement, accumulate)
         with cut_by_rows(row_shards(placement, mesh)):
             loss, grads = mean_gradient(loss_fn, trainable, frozen, batch, keys, accumulate)
         state, metrics = advanced(state, tx, loss, grads)
@@ -164,12 +165,14 @@ def in_precision(fn: Callable[..., Any], precision: Precision | None) -> Callabl
     return cast
 
 
-def _as_read(trainable: Any, frozen: Any, placement: Placement | None) -> tuple[Any, Any]:
-    """Both halves as a function over the mesh reads them."""
+def _as_read(
+    trainable: Any, frozen: Any, placement: Placement | None, passes: int = 1
+) -> tuple[Any, Any]:
+    """Both halves as a function over the mesh reads them, once in each pass."""
     if placement is None:
         return trainable, frozen
     trainable = gathered_in_buckets(trainable, placement.trainable, "fsdp")
-    return trainable, gathered_later(frozen, placement)
+    return trainable, gathered_later(frozen, placement, passes)
 
 
 def advanced(

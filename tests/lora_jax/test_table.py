@@ -1,5 +1,6 @@
 """Rows that are looked up in the parts of a table are those of the table, and the table stays."""
 
+import re
 from typing import Any
 
 import jax
@@ -128,3 +129,130 @@ def test_a_table_that_is_adapted_is_looked_up_in_its_parts():
     found = jax.jit(jax.value_and_grad(loss))(trainable, part, where)
     wanted = jax.value_and_grad(plain)(trainable, frozen["table"], where)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+def test_every_pass_looks_rows_up_and_the_table_would_be_sent_once():
+    place = NamedSharding(training.make_mesh(fsdp=8), P(None, "fsdp"))
+
+    def sent(passes: int) -> bool:
+        def look_up(part: jax.Array, ids: jax.Array) -> jax.Array:
+            leaf = look_up_parts(part, part, place, "fsdp", LAYOUT, passes)
+            return lora_jax.adapt(lambda table, ids: table[ids])(leaf, ids)
+
+        return "all_to_all" in str(jax.make_jaxpr(look_up)(table(), ids(BATCH * 4, LENGTH)))
+
+    rows = 4 * LENGTH  # of a device in a pass
+    assert [sent(passes) for passes in (1, WORDS // rows, WORDS // rows + 1)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda table, ids: table[:50][ids % 50],
+        lambda table, ids: table[:, :8][ids],
+        lambda table, ids: table.T[:, ids],
+        lambda table, ids: jax.lax.gather(
+            table,
+            ids[..., None],
+            jax.lax.GatherDimensionNumbers((0,), (0,), (0,)),
+            (1, WIDTH),
+        ),
+        lambda table, ids: jax.lax.gather(
+            table,
+            ids[..., None],
+            jax.lax.GatherDimensionNumbers((2,), (0,), (0,)),
+            (1, WIDTH // 2),
+        ),
+    ],
+    ids=[
+        "of-some-rows",
+        "of-some-features",
+        "of-columns",
+        "features-first",
+        "of-half-the-features",
+    ],
+)
+def test_what_is_no_lookup_of_rows_is_read_as_it_stands(look_up):
+    where = ids(BATCH, LENGTH) % WORDS
+    found = over(MESHES["fsdp"], lambda params, ids: look_up(params["table"], ids))(table(), where)
+    np.testing.assert_array_equal(found, look_up(table(), where))
+
+
+def test_a_batch_over_data_and_fsdp_sends_rows_and_ids_alone():
+    def look_up(params: Any, ids: jax.Array) -> jax.Array:
+        return params["table"][ids]
+
+    text = over(MESHES["both"], look_up).lower(table(), ids(BATCH, LENGTH)).compile().as_text()
+    sent = re.findall(r" (all-to-all|all-gather|all-reduce|collective-permute)\(", text)
+    assert sorted(sent) == ["all-gather", "all-to-all"], sent  # ids, and rows
+
+
+def test_what_is_sent_has_the_dtype_of_the_arithmetic():
+    place = NamedSharding(training.make_mesh(fsdp=8), P(None, "fsdp"))
+
+    def look_up(part: jax.Array, ids: jax.Array) -> jax.Array:
+        leaf = look_up_parts(part, part, place, "fsdp", LAYOUT).astype(jnp.bfloat16)
+        return lora_jax.adapt(lambda table, ids: (table[ids], table + 0))(leaf, ids)
+
+    where = ids(BATCH, LENGTH) % WORDS
+    jaxpr = str(jax.make_jaxpr(look_up)(table(), where))
+    assert re.search(r"bf16\[\S+\] = all_to_all", jaxpr), jaxpr
+    rows, whole = jax.jit(look_up)(table(), where)
+    np.testing.assert_array_equal(rows, table().astype(jnp.bfloat16)[where])
+    np.testing.assert_array_equal(whole, table().astype(jnp.bfloat16))
+
+
+def test_a_loss_that_reads_the_table_computes_its_logits_once():
+    place = NamedSharding(training.make_mesh(fsdp=8), P(None, "fsdp"))
+    x = jax.random.normal(jax.random.key(3), (BATCH, LENGTH, WIDTH))
+
+    def loss(table: jax.Array, x: jax.Array) -> jax.Array:
+        def part(table: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sin(x @ table.T).sum(), jnp.float32(1)
+
+        return lora_jax.ops.sum_in_chunks(part, table, x, chunk=BATCH // 2)[0]
+
+    def held(x: jax.Array, part: jax.Array) -> jax.Array:
+        leaf = look_up_parts(part, part, place, "fsdp", LAYOUT)
+        return lora_jax.adapt(loss, on_materialize="error")(leaf, x)
+
+    def products(fn: Any) -> int:
+        return str(jax.make_jaxpr(jax.grad(fn))(x, table())).count(" dot_general[")
+
+    assert products(held) == products(lambda x, table: loss(table, x))
+
+
+def test_another_mesh_around_takes_the_whole_table():
+    def look_up(params: Any, ids: jax.Array) -> jax.Array:
+        return params["table"][ids]
+
+    whole, where = table(), ids(BATCH, LENGTH)
+    wanted = look_up({"table": whole}, where)
+    with jax.set_mesh(training.make_mesh(data=2, fsdp=4)):
+        found = over(MESHES["fsdp"], look_up)(whole, where)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_what_is_held_is_no_array():
+    place = NamedSharding(training.make_mesh(fsdp=8), P(None, "fsdp"))
+    leaf = look_up_parts(table(), table(), place, "fsdp", LAYOUT)
+    for read in (lambda: leaf[0], lambda: jnp.sum(leaf), lambda: jnp.ones(WORDS) @ leaf):
+        with pytest.raises(TypeError, match=r"TableWeight.*`lora_jax.adapt`"):
+            read()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_table_of_codes_is_gathered_as_codes(scheme):
+    params, layouts = {"embed": {"embedding": table()}}, {"embed/embedding": LAYOUT}
+    codes = lora_jax.quantize(params, scheme, targets=("embedding",), layouts=layouts)
+    mesh = training.make_mesh(fsdp=8)
+    placement = training.placements(codes, {}, mesh, layouts=layouts)
+
+    def look_up(params: Any, ids: jax.Array) -> jax.Array:
+        return params["embed"]["embedding"][ids]
+
+    adapted, where = lora_jax.adapt(look_up), ids(BATCH, LENGTH)
+    step = training.make_eval_step(lambda _, frozen, ids: adapted(frozen, ids), mesh,
+                                   placement=placement)  # fmt: skip
+    found = step({}, training.place(codes, placement.frozen), training.shard_batch(where, mesh))
+    np.testing.assert_array_equal(found, adapted(codes, where))
