@@ -72,8 +72,8 @@ def test_a_head_that_is_tied_reads_the_whole_table():
 
 @pytest.mark.parametrize(
     "shape",
-    [(LENGTH,), (BATCH,), (BATCH * 8, WORDS)],
-    ids=["positions", "one-a-row", "more-than-the-table-has"],
+    [(LENGTH,), (BATCH,), (BATCH + 4, LENGTH), (BATCH * 8, WORDS)],
+    ids=["positions", "one-a-row", "not-of-this-mesh", "more-than-the-table-has"],
 )
 def test_other_lookups_take_the_whole_table(shape):
     def look_up(params: Any, ids: jax.Array) -> jax.Array:
