@@ -106,6 +106,8 @@ class HeldWeight:
     def __getitem__(self, index: Any) -> jax.Array:
         return self.__jax_array__()
 
+    __iter__ = None  # which an object with `__getitem__` would have
+
 
 def is_held(leaf: Any) -> bool:
     """Whether ``leaf`` stands in place of a weight."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._config import Layout
 from ._held import HeldWeight
@@ -61,7 +61,7 @@ class TableWeight(HeldWeight):
         rows_of_one = math.prod(ids.shape[:-1]) // shards
         if ids.ndim < 3 or ids.shape[0] % shards or self.passes * rows_of_one >= self.shape[0]:
             return None
-        if _is_inside_another(mesh):
+        if _is_inside_another(self.place):
             return None
 
         def own(part: jax.Array, ids: jax.Array) -> jax.Array:
@@ -88,10 +88,10 @@ class TableWeight(HeldWeight):
         return self.gathered.ndim == len(self.layout)
 
 
-def _is_inside_another(mesh: Mesh) -> bool:
-    """Whether a mesh that is set around has other axes: a `shard_map` over this one cannot be."""
+def _is_inside_another(place: NamedSharding) -> bool:
+    """Whether another mesh is set around, where a `shard_map` over this one cannot be."""
     around = jax.sharding.get_abstract_mesh()
-    return not around.empty and around != mesh.abstract_mesh
+    return not around.empty and around != place.mesh.abstract_mesh
 
 
 def look_up_parts(

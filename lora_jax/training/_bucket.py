@@ -21,7 +21,8 @@ from .._gathered import without
 def gathered_in_buckets(tree: Any, places: Any, axis: str) -> Any:
     """A tree whose arrays an axis of the mesh cuts no more; one bucket for each dtype.
 
-    An array that another axis of the mesh cuts as well is gathered alone.
+    An array that another axis of the mesh cuts as well is gathered alone, as is one of a weak
+    type, which it would lose beside others.
 
     Args:
         tree: Arrays, inside a jitted function over the mesh.
@@ -34,7 +35,7 @@ def gathered_in_buckets(tree: Any, places: Any, axis: str) -> Any:
     for i, place in enumerate(jax.tree.leaves(places)):
         spec = tuple(place.spec)
         kept = without(spec, axis)
-        if axis in spec and not any(kept):
+        if axis in spec and not any(kept) and not leaves[i].weak_type:
             cuts[i] = spec.index(axis)
             buckets.setdefault((leaves[i].dtype, place.mesh), []).append(i)
         elif kept != spec:

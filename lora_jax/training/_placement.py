@@ -3,8 +3,8 @@
     w (in, out)   P("fsdp", "tensor")     most matrices
     w (in, out)   P("tensor", "fsdp")     those that bring a layer's features back together, and
                                           tables; without ``tensor``, tables alone
-    a (in, rank)  as the in axes of w     b (rank, out)  as the out axes of w, and each of them
-                                          over ``fsdp`` where its weight is
+    a (in, rank)  as the in axes of w     b (rank, out)  as the out axes of w, and either over
+                                          ``fsdp`` where w is, if it has a free axis that divides
 
 The rank and stacked axes are never cut, nor are vectors. An axis that a number of devices does not
 divide stands whole on all of them, and the log says once what that costs.
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._config import Layout
 from .._gathered import gather_later, without
-from .._paths import flatten
+from .._paths import flatten, nearest
 from .._quantized import QuantizedWeight, is_quantized
 from .._table import look_up_parts
 from .._targets import matches
@@ -108,12 +108,16 @@ def placements(
             is `RULES`, or `RULES_WITHOUT_TENSOR` where the mesh has one device along ``tensor``.
 
     Raises:
-        ValueError: A rule names an axis that the mesh has not.
+        ValueError: A rule names an axis that the mesh has not, or one twice; something trains
+            that the frozen half has no place for.
     """
     if rules is None:
         rules = RULES if mesh.shape["tensor"] > 1 else RULES_WITHOUT_TENSOR
     _check_rules(rules, mesh)
     leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
+    if absent := next((path for path in trainable if path not in leaves), None):
+        near = nearest(absent, leaves)
+        raise ValueError(f"No weight of the frozen half has the path {absent!r}, nearest: {near}.")
     places: dict[str, Any] = dict.fromkeys(leaves)
     moving: dict[str, Any] = {}
     whole: list[Whole] = []
@@ -217,6 +221,8 @@ def _check_rules(rules: Rules, mesh: Mesh) -> None:
     for pattern, rule in rules.items():
         if unknown := sorted(set(rule) - {"in", "out"}):
             raise ValueError(f"Rule {pattern!r} cuts {unknown[0]!r}: axes are 'in' or 'out'.")
+        if len({*rule.values()}) < len(rule):
+            raise ValueError(f"Rule {pattern!r} cuts in and out over one axis, {rule['in']!r}.")
         if absent := sorted(set(rule.values()) - set(mesh.axis_names)):
             raise ValueError(
                 f"Rule {pattern!r} cuts over {absent[0]!r}, and the mesh has the axes "
@@ -268,9 +274,10 @@ def _place(node: Any, cut: Cut, mesh: Mesh) -> Any:
     """A sharding for a weight, or for each of its factors."""
     if isinstance(node, Factors):
         ins, outs = (_names(cut, node.layout, kind) for kind in ("in", "out"))
-        if "fsdp" in cut.values():
-            ins, outs = _also_over("fsdp", ins), _also_over("fsdp", outs)
         stack = [None] * node.layout.count("stack")
+        if "fsdp" in cut.values():
+            ins = _also_over("fsdp", ins, node.a.shape[len(stack) :], mesh)
+            outs = _also_over("fsdp", outs, node.b.shape[-len(outs) :], mesh)
         a = _sharding(mesh, node.a.shape, [*stack, *ins])
         b = _sharding(mesh, node.b.shape, [*[None] * (len(node.b.shape) - len(outs)), *outs])
         return dataclasses.replace(node, a=a, b=b)
@@ -339,10 +346,14 @@ def _used(place: NamedSharding) -> list[str]:
     return jax.tree.leaves(tuple(place.spec))
 
 
-def _also_over(axis: str, names: Sequence[str | None]) -> list[str | None]:
-    """What cuts some axes, and an axis of the mesh the first that nothing cuts, unless it does."""
-    free = -1 if axis in names or None not in names else names.index(None)
-    return [axis if i == free else name for i, name in enumerate(names)]
+def _also_over(
+    axis: str, names: Sequence[str | None], sizes: Sequence[int], mesh: Mesh
+) -> list[str | None]:
+    """What cuts the axes of a factor, and one of the mesh the first that is free and divides."""
+    count = mesh.shape[axis]
+    free = [i for i, name in enumerate(names) if name is None and sizes[i] % count == 0]
+    first = free[0] if free and axis not in names else None
+    return [axis if i == first else name for i, name in enumerate(names)]
 
 
 def _names(cut: Cut, layout: Layout, kind: str) -> list[str | None]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -145,6 +146,25 @@ def test_every_pass_looks_rows_up_and_the_table_would_be_sent_once():
     assert [sent(passes) for passes in (1, WORDS // rows, WORDS // rows + 1)] == [True, True, False]
 
 
+@pytest.mark.parametrize(("length", "looks_up"), [(5, True), (7, False)])
+def test_a_step_counts_its_passes(length, looks_up):
+    mesh, passes = training.make_mesh(fsdp=2, devices=jax.devices()[:2]), 16
+    frozen, trainable = {"embed": {"embedding": table()}, "scale": None}, {"scale": jnp.ones(())}
+    placement = training.placements(frozen, trainable, mesh)
+    adapted = lora_jax.adapt(lambda params, ids: params["embed"]["embedding"][ids])
+    tx = optax.sgd(0.1)
+
+    def loss(trainable: Any, frozen: Any, ids: jax.Array, keys: Any) -> jax.Array:
+        return (adapted(frozen, ids) * trainable["scale"]).sum()
+
+    step = training.make_train_step(loss, tx, mesh, placement=placement, accumulate=passes)
+    state = training.init_state(trainable, tx, jax.random.key(0))
+    where = training.shard_batch(np.zeros((2 * passes, length), np.int32), mesh)
+    text = step.lower(state, frozen, where).compile().as_text()
+    assert passes * length < WORDS or not looks_up
+    assert (" all-to-all(" in text) == looks_up
+
+
 @pytest.mark.parametrize(
     "look_up",
     [
@@ -239,6 +259,7 @@ def test_what_is_held_is_no_array():
     for read in (lambda: leaf[0], lambda: jnp.sum(leaf), lambda: jnp.ones(WORDS) @ leaf):
         with pytest.raises(TypeError, match=r"TableWeight.*`lora_jax.adapt`"):
             read()
+    assert not np.iterable(leaf)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])

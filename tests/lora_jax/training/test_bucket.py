@@ -55,8 +55,17 @@ def test_every_array_comes_back_whole(axes, data):
     assert jax.tree.structure(whole) == jax.tree.structure(tree)
     for i, array in whole.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(tree[i]))
+        assert array.dtype == tree[i].dtype
         left = NamedSharding(mesh, PartitionSpec(*without(tuple(places[i].spec), "fsdp")))
         assert array.sharding.is_equivalent_to(left, array.ndim)
+
+
+def test_a_weak_type_stays_weak():
+    mesh = training.make_mesh(fsdp=8)
+    tree = {"weak": jnp.full((16, 4), 0.1), "strong": jnp.ones((16, 4), jnp.float32)}
+    places = dict.fromkeys(tree, NamedSharding(mesh, PartitionSpec("fsdp")))
+    whole, _ = gathered(tree, places)
+    assert (whole["weak"].weak_type, whole["strong"].weak_type) == (True, False)
 
 
 def test_there_is_one_message_for_each_dtype():

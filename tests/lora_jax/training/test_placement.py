@@ -171,6 +171,8 @@ def test_fsdp_gathers_weights_and_nothing_of_a_batch(base):
     gathered = sum(count for kind, count in moved(text) if kind == "all-gather")
     # Each weight at most forwards and backwards, the factors and the ids once.
     assert gathered <= 2 * held + factors + BATCH * LENGTH * 4
+    # All factors by one message.
+    assert sum(found == ("all-gather", factors) for found in moved(text)) == 1
     assert set(re.findall(rf"f32\[{BATCH},{LENGTH},(\d+)\]", text)) <= {str(features)}
     # The table, read at both ends, is gathered once.
     assert sum(count == WORDS * WIDTH * 4 for _, count in moved(text)) == 1
@@ -208,6 +210,32 @@ def test_parts_are_rows_where_nothing_computes_with_them(axes, down):
     assert placement.frozen["embed"]["embedding"].spec[1] == "fsdp"
 
 
+BY_OUT = {"w": {"out": "fsdp"}}
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "axes", "rules", "specs"),
+    [
+        ((64, 3, 16), "in out out", {"fsdp": 8}, None, [P("fsdp", None), P(None, None, "fsdp")]),
+        ((64, 30), "in out", {"fsdp": 8}, None, [P("fsdp", None), P(None, None)]),
+        ((64, 32), "in out", {"fsdp": 8}, BY_OUT, [P("fsdp", None), P(None, "fsdp")]),
+        ((64, 32), "in out", {"fsdp": 4, "tensor": 2}, None, [P("fsdp", None), P(None, "tensor")]),
+        ((64, 32), "in out", {"tensor": 8}, None, [P(None, None), P(None, "tensor")]),
+        ((60, 32), "in out", {"fsdp": 8}, None, [P(None, None), P(None, None)]),
+    ],
+    ids=["first-that-divides", "none-divides", "by-outputs", "taken", "tensor-alone", "whole"],
+)
+def test_factors_are_cut_both_where_their_weight_is(shape, layout, axes, rules, specs):
+    layouts = {"w": tuple(layout.split())}
+    config = lora_jax.LoraConfig(rank=2, alpha=4.0, targets=("w",))
+    params = {"w": jnp.ones(shape)}
+    frozen, trainable = lora_jax.split(params, config, jax.random.key(0), layouts=layouts)
+    mesh = training.make_mesh(**axes)
+    placement = training.placements(frozen, trainable, mesh, layouts=layouts, rules=rules)
+    factors = placement.trainable["w"]
+    assert [factors.a.spec, factors.b.spec] == specs
+
+
 def test_what_does_not_divide_stands_whole_and_is_said_once(caplog):
     params = {"up": jnp.ones((30, 64)), "down": jnp.ones((64, 30))}
     config = lora_jax.LoraConfig(rank=2, alpha=4.0, targets=("up", "down"))
@@ -228,12 +256,20 @@ def test_what_does_not_divide_stands_whole_and_is_said_once(caplog):
     [
         ({".*": {"in": "model"}}, "cuts over 'model', and the mesh has the axes 'data', 'fsdp'"),
         ({".*": {"rank": "fsdp"}}, "cuts 'rank': axes are 'in' or 'out'"),
+        ({".*": {"in": "fsdp", "out": "fsdp"}}, "in and out over one axis, 'fsdp'"),
     ],
 )
 def test_wrong_rules(rules, message):
     frozen, trainable, layouts = halves("plain", False)
     with pytest.raises(ValueError, match=message):
         training.placements(frozen, trainable, training.make_mesh(), layouts=layouts, rules=rules)
+
+
+def test_what_trains_has_a_place_in_the_frozen_half():
+    frozen, trainable, layouts = halves("plain", False)
+    trainable["layers/0/upp"] = trainable.pop("layers/0/up")
+    with pytest.raises(ValueError, match=r"the path 'layers/0/upp', nearest: \['layers/0/up'\]"):
+        training.placements(frozen, trainable, training.make_mesh(), layouts=layouts)
 
 
 @pytest.mark.parametrize(
