@@ -100,7 +100,7 @@ class HeldWeight:
     def __jax_array__(self) -> jax.Array:
         raise TypeError(
             f"A weight of shape {self.shape} is held as a {type(self).__name__}, and something "
-            "reads it as an array: only functions that `lora_jax.adapt` has lifted do that."
+            "reads it as an array. Lift the function that does with `lora_jax.adapt`."
         )
 
     def __getitem__(self, index: Any) -> jax.Array:

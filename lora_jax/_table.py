@@ -28,8 +28,7 @@ class TableWeight(HeldWeight):
     Attributes:
         part: The array, cut: ``(rows, features / devices)`` on each device.
         gathered: The same array, ``(rows, features)`` on each, once something reads it.
-        batch: The mesh's axes that a batch is cut over along its first axis, static.
-        place: Where the part is, static.
+        place: Where the part is, static. A batch is cut over all devices of that mesh.
         passes: How often a step looks up rows, static. The whole table would be sent once.
     """
 
@@ -38,7 +37,6 @@ class TableWeight(HeldWeight):
 
     part: jax.Array
     gathered: jax.Array
-    batch: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     place: NamedSharding = dataclasses.field(metadata={"static": True})
     passes: int = dataclasses.field(default=1, metadata={"static": True})
 
@@ -57,9 +55,8 @@ class TableWeight(HeldWeight):
         self, take: Callable[[jax.Array, jax.Array], jax.Array], ids: jax.Array
     ) -> jax.Array | None:
         axis, mesh = self.place.spec[1], self.place.mesh
-        shards = math.prod(mesh.shape[name] for name in self.batch)
-        rows_of_one = math.prod(ids.shape[:-1]) // shards
-        if ids.ndim < 3 or ids.shape[0] % shards or self.passes * rows_of_one >= self.shape[0]:
+        rows_of_one = math.prod(ids.shape[:-1]) // mesh.size
+        if ids.ndim < 3 or ids.shape[0] % mesh.size or self.passes * rows_of_one >= self.shape[0]:
             return None
         if _is_inside_another(self.place):
             return None
@@ -68,7 +65,7 @@ class TableWeight(HeldWeight):
             found = take(part, lax.all_gather(ids, axis, axis=0, tiled=True)).astype(self.dtype)
             return lax.all_to_all(found, axis, split_axis=0, concat_axis=ids.ndim - 1, tiled=True)
 
-        by_rows = PartitionSpec(self.batch)
+        by_rows = PartitionSpec(_used(self.place))
         looked_up = jax.shard_map(
             own,
             mesh=mesh,
@@ -86,6 +83,11 @@ class TableWeight(HeldWeight):
 
     def fits(self) -> bool:
         return self.gathered.ndim == len(self.layout)
+
+
+def _used(place: NamedSharding) -> tuple[str, ...]:
+    """The axes of a mesh that have more than one device."""
+    return tuple(name for name, size in place.mesh.shape.items() if size > 1)
 
 
 def _is_inside_another(place: NamedSharding) -> bool:
@@ -112,14 +114,12 @@ def look_up_parts(
         layout: What each axis of the table does.
         passes: How often a step looks up rows.
     """
-    sizes = place.mesh.shape
-    used = tuple(name for name, size in sizes.items() if size > 1)
-    if part.ndim != 2 or tuple(place.spec) != (None, axis) or not {*used} <= {"data", axis}:
+    is_cut = part.ndim == 2 and tuple(place.spec) == (None, axis)
+    if not is_cut or not {*_used(place)} <= {"data", axis}:
         return gathered
     return TableWeight(
         part=part,
         gathered=gathered,
-        batch=used,
         place=place,
         passes=passes,
         layout=layout,

@@ -117,7 +117,10 @@ def placements(
     leaves, treedef = flatten(frozen, is_leaf=lambda leaf: leaf is None)
     if absent := next((path for path in trainable if path not in leaves), None):
         near = nearest(absent, leaves)
-        raise ValueError(f"No weight of the frozen half has the path {absent!r}, nearest: {near}.")
+        raise ValueError(
+            f"No weight of the frozen half has the path {absent!r}, nearest: {near}. "
+            "Give both halves of one `lora_jax.split`."
+        )
     places: dict[str, Any] = dict.fromkeys(leaves)
     moving: dict[str, Any] = {}
     whole: list[Whole] = []
